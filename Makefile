@@ -1,0 +1,47 @@
+# make demo | test | lint | bench | venv | clean. All of them work in .venv, which they create.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+# Real data for the tests: SKCIFAR_DATA, or scikit-learn's own SCIKIT_LEARN_DATA, names a folder
+# that holds cifar-10-batches-bin/ and MNIST/raw/.
+ifdef SKCIFAR_DATA
+export SCIKIT_LEARN_DATA := $(SKCIFAR_DATA)
+endif
+
+.PHONY: demo test lint bench venv clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m skcifar compare
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script --check; done
+
+venv: $(VENV)/.installed-dev
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# The stamps keep a second run from installing again; a changed dependency renews them.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "skcifar needs Python 3.11 or newer, and $(PYTHON) is not:" \
+	    "name one that is with 'make PYTHON=/path/to/python ...'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
