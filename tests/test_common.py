@@ -1,0 +1,145 @@
+"""scikit-learn's own checks on every class, with default and other parameters."""
+
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import (
+    check_dataframe_column_names_consistency,
+    check_param_validation,
+    check_set_output_transform,
+    estimator_checks_generator,
+    parametrize_with_checks,
+)
+
+import skcifar
+from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression
+
+
+class GroupNormNetwork(torch.nn.Sequential):
+    """A network of the user's own, in which rows do not depend on their batch."""
+
+    def __init__(self, image_shape, n_outputs):
+        height, width, channels = image_shape
+        super().__init__(
+            torch.nn.Conv2d(channels, 16, 3, padding=1),
+            torch.nn.GroupNorm(4, 16),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(16 * height * width, n_outputs),
+        )
+
+
+# Checks that scikit-learn runs on its own estimators only.
+KEPT_FOR_ITSELF = [
+    check_dataframe_column_names_consistency,
+    check_param_validation,
+    check_set_output_transform,
+]
+
+# Repeating a row is not the same as doubling its weight where arithmetic rounds to 1e-7 of the
+# value, rows meet in mini-batches, or noise is drawn for each row.
+LOW_PRECISION = "float32 or bfloat16 arithmetic: equal to rounding, not to 1e-7"
+MINI_BATCHES = "batch_size < n_samples: repeated rows fall into other batches"
+BATCH_NORM = "BatchNorm and bfloat16: a row's output depends on its batch"
+DROPOUT = "dropout draws a mask for every row"
+
+INSTANCES = [
+    (SoftmaxRegression(random_state=0), None),
+    (SoftmaxRegression(solver="adam", learning_rate_init=0.05, max_iter=50, random_state=0), None),
+    (
+        SoftmaxRegression(
+            solver="sgd",
+            learning_rate_init=0.1,
+            max_iter=50,
+            batch_size=16,
+            random_state=0,
+        ),
+        MINI_BATCHES,
+    ),
+    (SoftmaxRegression(precision="float32", random_state=0), LOW_PRECISION),
+    (MLPClassifier(random_state=0), None),
+    (MLPClassifier(solver="lbfgs", max_iter=200, random_state=0), None),
+    (
+        MLPClassifier(
+            (32, 16),
+            activation="tanh",
+            batch_size=16,
+            learning_rate="constant",
+            learning_rate_init=0.01,
+            random_state=0,
+        ),
+        MINI_BATCHES,
+    ),
+    (
+        MLPClassifier(
+            dropout=0.2, solver="adamw", weight_decay=1e-3, learning_rate_init=0.01, random_state=0
+        ),
+        DROPOUT,
+    ),
+    (MLPClassifier(precision="bfloat16", random_state=0), LOW_PRECISION),
+    (CNNClassifier(random_state=0), BATCH_NORM),
+    (
+        CNNClassifier(
+            (16, 32),
+            batch_norm=False,
+            solver="adam",
+            learning_rate_init=0.01,
+            batch_size=16,
+            precision="float32",
+            random_state=0,
+        ),
+        MINI_BATCHES,
+    ),
+    (
+        CNNClassifier(architecture=GroupNormNetwork, precision="bfloat16", random_state=0),
+        LOW_PRECISION,
+    ),
+]
+REASONS = {id(estimator): reason for estimator, reason in INSTANCES}
+
+
+def expected_failures(estimator):
+    reason = REASONS[id(estimator)]
+    if reason is None:
+        return {}
+    return {"check_sample_weight_equivalence_on_dense_data": reason}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@parametrize_with_checks(
+    [estimator for estimator, _ in INSTANCES], expected_failed_checks=expected_failures
+)
+def test__scikit_learns_checks__pass(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("estimator", [estimator for estimator, _ in INSTANCES], ids=str)
+def test__checks__are_all_run_and_none_is_tagged_away(estimator):
+    assert len(list(estimator_checks_generator(estimator))) >= 62
+    tags = get_tags(estimator)
+    defaults = get_tags(LogisticRegression())
+    assert tags.classifier_tags.poor_score == defaults.classifier_tags.poor_score
+    assert tags.input_tags.two_d_array == defaults.input_tags.two_d_array
+    for name in ("non_deterministic", "no_validation", "_skip_test"):
+        assert getattr(tags, name) == getattr(defaults, name)
+
+
+def test__every_public_class__is_checked():
+    public = {getattr(skcifar, name) for name in skcifar.__all__}
+    assert {type(estimator) for estimator, _ in INSTANCES} == public
+    for cls in public:  # each by its defaults too, but for the seed
+        assert any(repr(clone(e)) == repr(cls(random_state=0)) for e, _ in INSTANCES)
+
+
+def test__weights_equal_repetition__in_float64_without_exception():
+    exempt = {type(e) for e, reason in INSTANCES if reason is None}
+    assert {SoftmaxRegression, MLPClassifier} <= exempt
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("name", sorted(skcifar.__all__))
+@pytest.mark.parametrize("check", KEPT_FOR_ITSELF, ids=lambda check: check.__name__)
+def test__checks_that_scikit_learn_keeps_for_itself__pass(name, check):
+    check(name, getattr(skcifar, name)(random_state=0, max_iter=2))
