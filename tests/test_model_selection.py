@@ -1,0 +1,384 @@
+"""The comparison table, against scikit-learn's own functions and plain Python."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+from joblib import parallel_config
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.datasets import load_iris
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    ShuffleSplit,
+    StratifiedKFold,
+    cross_val_score,
+    cross_validate,
+)
+from sklearn.naive_bayes import GaussianNB
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+from sklearn.tree import DecisionTreeClassifier
+
+from skcifar.model_selection import compare
+
+X, Y = load_iris(return_X_y=True)
+T_975_4 = 2.7764451051977987  # 97.5% quantile of Student's t with 4 degrees of freedom
+
+
+class Spy(DummyClassifier):
+    """Notes the rows that it is fitted to and asked about; column 0 of X numbers them."""
+
+    def __init__(self, log=None):
+        super().__init__()
+        self.log = log
+
+    def __sklearn_clone__(self):
+        return Spy(self.log)
+
+    def fit(self, X, y):
+        self.log.append(("fit", *np.asarray(X)[:, 0]))
+        return super().fit(X, y)
+
+    def score(self, X, y):
+        self.log.append(("score", *np.asarray(X)[:, 0]))
+        return super().score(X, y)
+
+
+class Recorded(ClassifierMixin, BaseEstimator):
+    """Keeps a history as the estimators here do; its epochs grow with `depth`."""
+
+    def __init__(self, depth=1):
+        self.depth = depth
+
+    def fit(self, X, y):
+        self.classes_ = np.unique(y)
+        self.n_iter_ = self.depth + 1
+        self.history_ = [
+            {"epoch": epoch, "train_loss": 1 / epoch, "train_accuracy": epoch / 10, "batches": [{}]}
+            for epoch in range(1, self.n_iter_ + 1)
+        ]
+        return self
+
+    def predict(self, X):
+        return np.full(len(X), self.classes_[0])
+
+
+class Failing(DummyClassifier):
+    """Raises once it is fitted to more rows than `rows`."""
+
+    def __init__(self, rows=0, error=ValueError):
+        super().__init__()
+        self.rows = rows
+        self.error = error
+
+    def fit(self, X, y):
+        if len(X) > self.rows:
+            raise self.error("out of\nluck")
+        return super().fit(X, y)
+
+
+def fold_scores(table):
+    return table.filter(regex=r"^split\d+_score$").to_numpy()
+
+
+# -- protocol ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cv", [3, ShuffleSplit(3)], ids=["integer", "unseeded"])
+def test__splits__are_identical_for_all_models(cv):
+    numbered = np.column_stack([np.arange(len(Y)), X])
+    logs = [], [], []
+    compare([(str(i), Spy(log)) for i, log in enumerate(logs)], numbered, Y, cv=cv)
+    assert len(logs[0]) == 3 * 3  # each fold: fitted, scored on what it left out, on the rest
+    assert logs[0] == logs[1] == logs[2]
+
+
+def test__integer_cv__is_stratified_as_in_sklearn():
+    numbered = np.column_stack([np.arange(len(Y)), X])
+    log = []
+    compare({"spy": Spy(log)}, numbered, Y, cv=4)
+    expected = [("fit", *train) for train, _ in StratifiedKFold(4).split(X, Y)]
+    assert [entry for entry in log if entry[0] == "fit"] == expected
+
+
+@pytest.mark.parametrize("scoring", [None, "neg_log_loss"])
+def test__scores__equal_cross_validate(scoring):
+    estimator = make_pipeline(StandardScaler(), LogisticRegression(C=0.1))
+    table = compare({"a": GaussianNB(), "b": estimator}, X, Y, cv=4, scoring=scoring)
+    expected = cross_validate(estimator, X, Y, cv=4, scoring=scoring, return_train_score=True)
+    row = table.loc[1]
+    np.testing.assert_array_equal(fold_scores(table)[1], expected["test_score"])
+    assert row["cv_mean"] == expected["test_score"].mean()
+    assert row["cv_std"] == expected["test_score"].std()
+    assert row["train_score"] == expected["train_score"].mean()
+    assert row["fit_seconds"] > 0 and row["predict_seconds"] > 0
+
+
+def test__test_score__is_of_a_model_fitted_to_all_rows():
+    log = []
+    tree = DecisionTreeClassifier(max_depth=1, random_state=0)
+    held_out = {"X_test": X[::3], "y_test": Y[::3]}
+    table = compare({"tree": tree, "spy": Spy(log)}, X, Y, cv=3, scoring="f1_macro", **held_out)
+    fitted = clone(tree).fit(X, Y)
+    assert table.loc[0, "test_score"] == f1_score(Y[::3], fitted.predict(X[::3]), average="macro")
+    assert log[-1] == ("fit", *X[:, 0])
+    assert compare({"tree": tree}, X, Y, cv=3)["test_score"].isna().all()
+
+
+def test__estimators__are_not_fitted():
+    estimator = make_pipeline(StandardScaler(), GaussianNB())
+    compare({"a": estimator}, X, Y, cv=2, X_test=X, y_test=Y)
+    assert not hasattr(estimator[-1], "classes_")
+
+
+def test__callable_scoring__is_used():
+    table = compare({"a": GaussianNB()}, X, Y, cv=3, scoring=lambda e, X, y: float(len(X)))
+    assert fold_scores(table).tolist() == [[50.0, 50.0, 50.0]]
+    assert table.loc[0, "train_score"] == 100
+
+
+def test__string_labels_and_image_arrays__are_taken():
+    images, names = X.reshape(-1, 2, 2), np.array(["a", "b", "c"])[Y]
+    table = compare({"recorded": Recorded()}, images, names, cv=5)
+    assert table.loc[0, "cv_mean"] == pytest.approx(1 / 3)
+
+
+def test__n_jobs__changes_nothing_but_seconds():
+    models = {"tree": DecisionTreeClassifier(random_state=0), "fails": Failing()}
+    alone = compare(models, X, Y)
+    with parallel_config("threading"):
+        together = compare(models, X, Y, n_jobs=2)
+    seconds = ["fit_seconds", "predict_seconds"]
+    pd.testing.assert_frame_equal(alone.drop(columns=seconds), together.drop(columns=seconds))
+
+
+# -- difference to the best ----------------------------------------------------------------------
+
+
+def test__difference__has_the_interval_of_nadeau_and_bengio():
+    models = {
+        "stump": DecisionTreeClassifier(max_depth=1, random_state=0),
+        "tree": DecisionTreeClassifier(max_depth=2, random_state=0),
+        "bayes": GaussianNB(),
+    }
+    splits = list(ShuffleSplit(5, test_size=0.3, random_state=0).split(X))
+    table = compare(models, X, Y, cv=splits)
+    scores = [cross_val_score(model, X, Y, cv=splits).tolist() for model in models.values()]
+    best = max(scores, key=statistics.fmean)
+    for row, mine in zip(table.to_dict("records"), scores, strict=True):
+        d = [a - b for a, b in zip(mine, best, strict=True)]
+        half_width = T_975_4 * math.sqrt((1 / 5 + 45 / 105) * statistics.variance(d))
+        center = statistics.fmean(d)
+        assert row["difference"] == pytest.approx(center, abs=1e-12)
+        assert row["difference_low"] == pytest.approx(center - half_width, abs=1e-12)
+        assert row["difference_high"] == pytest.approx(center + half_width, abs=1e-12)
+    assert (table["difference"] < 0).sum() == 2
+    assert table.loc[0, "difference_low"] < table.loc[0, "difference_high"]
+
+
+def test__one_split__gives_a_difference_without_interval():
+    models = {"bayes": GaussianNB(), "dummy": DummyClassifier()}
+    table = compare(models, X, Y, cv=ShuffleSplit(1, random_state=0))
+    assert table["difference"].notna().all() and table.loc[1, "difference"] < 0
+    assert table[["difference_low", "difference_high"]].isna().all(axis=None)
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+
+def test__failing_model__costs_its_own_row():
+    models = {"a": GaussianNB(), "b": DummyClassifier()}
+    table = compare({"a": models["a"], "bad": Failing(), "b": models["b"]}, X, Y)
+    alone = compare(models, X, Y)
+    assert table["model"].tolist() == ["a", "bad", "b"]
+    numbers = ["cv_mean", "cv_std", "difference", "difference_low", "difference_high"]
+    pd.testing.assert_frame_equal(table.loc[[0, 2], numbers].reset_index(drop=True), alone[numbers])
+    assert table.loc[1, [*numbers, "epochs", "fit_seconds"]].isna().all()
+    assert np.isnan(fold_scores(table)[1]).all()
+    assert table["error"].isna().tolist() == [True, False, True]
+    assert table.loc[1, "error"] == "ValueError: out of luck"
+    assert list(table.attrs["tracebacks"]) == ["bad"]
+    assert 'raise self.error("out of\\nluck")' in table.attrs["tracebacks"]["bad"]
+
+
+def test__something_that_is_no_estimator__costs_its_own_row():
+    table = compare({"class": GaussianNB, "ok": GaussianNB()}, X, Y)
+    assert "TypeError" in table.loc[0, "error"] and table.loc[1, "cv_mean"] > 0.9
+
+
+def test__failure_on_all_rows__keeps_what_was_measured_before():
+    table = compare({"bad": Failing(rows=120)}, X, Y, cv=5, X_test=X, y_test=Y)
+    assert table.loc[0, "cv_mean"] == pytest.approx(1 / 3)
+    assert np.isnan(table.loc[0, "test_score"])
+    assert table.loc[0, "error"] == "ValueError: out of luck"
+
+
+def test__all_models_failing__is_a_table_of_errors():
+    table = compare({"a": Failing(), "b": Failing(error=MemoryError)}, X, Y, cv=3)
+    assert table["error"].tolist() == ["ValueError: out of luck", "MemoryError: out of luck"]
+    assert table["difference"].isna().all()
+
+
+def test__keyboard_interrupt__ends_the_comparison():
+    with pytest.raises(KeyboardInterrupt):
+        compare({"a": Failing(error=KeyboardInterrupt), "b": GaussianNB()}, X, Y)
+
+
+# -- wrong arguments -----------------------------------------------------------------------------
+
+
+def test__duplicate_names__raise():
+    with pytest.raises(ValueError, match=r"unique, got \['a'\] more than once"):
+        compare([("a", GaussianNB()), ("b", GaussianNB()), ("a", DummyClassifier())], X, Y)
+
+
+@pytest.mark.parametrize(
+    ("estimators", "error"),
+    [
+        (GaussianNB(), TypeError),
+        ([GaussianNB()], TypeError),
+        ([(1, GaussianNB())], TypeError),
+        ("ab", TypeError),
+        ([], ValueError),
+        ({}, ValueError),
+    ],
+)
+def test__malformed_estimators__raise_with_what_is_expected(estimators, error):
+    with pytest.raises(error, match="dict of name to estimator or \\(name, estimator\\) pairs"):
+        compare(estimators, X, Y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"X_test": X}, "X_test was given without y_test"),
+        ({"y_test": Y}, "y_test was given without X_test"),
+        ({"X_test": X, "y_test": Y[1:]}, "inconsistent numbers of samples"),
+        ({"scoring": "accurracy"}, "accurracy"),
+        ({"scoring": ["accuracy", "f1"]}, "scoring must be one metric"),
+        ({"cv": 1}, "n_splits=1"),
+    ],
+)
+def test__wrong_arguments__raise_before_any_fit(arguments, message):
+    log = []
+    with pytest.raises(ValueError, match=message):
+        compare({"spy": Spy(log)}, X, Y, **arguments)
+    assert not log
+
+
+# -- description, epochs, histories --------------------------------------------------------------
+
+
+def test__pairs_and_dict__give_one_table():
+    models = {"bayes": GaussianNB(), "tree": DecisionTreeClassifier(random_state=0)}
+    seconds = ["fit_seconds", "predict_seconds"]
+    first, second, third = (
+        compare(m, X, Y).drop(columns=seconds)
+        for m in (models, models.items(), list(models.items()))
+    )
+    pd.testing.assert_frame_equal(first, second)
+    pd.testing.assert_frame_equal(first, third)
+
+
+def test__parameters__are_those_that_differ_from_defaults_on_one_line():
+    models = {
+        "default": LogisticRegression(),
+        "pipeline": make_pipeline(StandardScaler(with_std=False), LogisticRegression(C=2.0)),
+        "search": GridSearchCV(
+            DecisionTreeClassifier(random_state=0),
+            {"max_depth": [1, 2], "min_samples_leaf": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]},
+        ),
+    }
+    default, pipeline, search = compare(models, X, Y, cv=2)["parameters"]
+    assert default == "LogisticRegression()"
+    assert pipeline == "StandardScaler(with_std=False) | LogisticRegression(C=2.0)"
+    assert search.startswith("GridSearchCV(estimator=Dec") and "\n" not in search
+
+
+def test__epochs__are_the_mean_of_n_iter():
+    mlp = MLPClassifier((3,), max_iter=500, tol=1e-3, random_state=0)
+    models = {"mlp": make_pipeline(StandardScaler(), mlp), "dummy": DummyClassifier()}
+    fitted = cross_validate(models["mlp"], X, Y, cv=3, return_estimator=True)["estimator"]
+    counts = [pipeline[-1].n_iter_ for pipeline in fitted]
+    table = compare(models, X, Y, cv=3)
+    assert len(set(counts)) > 1
+    assert table.loc[0, "epochs"] == pytest.approx(statistics.fmean(counts))
+    assert np.isnan(table.loc[1, "epochs"])
+
+
+def test__array_of_n_iter__counts_its_largest():
+    model = SVC(kernel="linear")  # one count for each pair of classes
+    fitted = cross_validate(model, X, Y, return_estimator=True)["estimator"]
+    counts = [max(estimator.n_iter_.tolist()) for estimator in fitted]
+    assert compare({"a": model}, X, Y).loc[0, "epochs"] == pytest.approx(statistics.fmean(counts))
+
+
+def test__histories__have_a_row_for_each_model_fold_and_epoch():
+    models = {
+        "alone": Recorded(),
+        "dummy": DummyClassifier(),
+        "search": make_pipeline(StandardScaler(), GridSearchCV(Recorded(), {"depth": [2]}, cv=2)),
+    }
+    histories = pd.DataFrame(compare(models, X, Y, cv=2).attrs["histories"])
+    assert histories.columns.tolist() == ["model", "fold", "epoch", "train_loss", "train_accuracy"]
+    counts = histories.groupby(["model", "fold"]).size().to_dict()
+    assert counts == {("alone", 0): 2, ("alone", 1): 2, ("search", 0): 3, ("search", 1): 3}
+    assert histories["epoch"].tolist() == [1, 2, 1, 2, 1, 2, 3, 1, 2, 3]
+    assert (histories["train_loss"] * histories["epoch"]).eq(1).all()
+
+
+def test__model_without_history__gives_its_loss_curve():
+    mlp = MLPClassifier((3,), max_iter=4, learning_rate_init=0.1, tol=10, n_iter_no_change=2)
+    mlp.set_params(random_state=0)
+    curves = [e.loss_curve_ for e in cross_validate(mlp, X, Y, return_estimator=True)["estimator"]]
+    histories = pd.DataFrame(compare({"mlp": mlp}, X, Y).attrs["histories"])
+    assert histories["train_loss"].tolist() == [loss for curve in curves for loss in curve]
+
+
+def test__table__survives_csv_json_and_concatenation(tmp_path):
+    models = {"recorded": Recorded(), "bad": Failing(), "bayes": GaussianNB()}
+    table = compare(models, X, Y, cv=3)
+    table.to_csv(tmp_path / "table.csv", index=False)
+    read = pd.read_csv(tmp_path / "table.csv")
+    pd.testing.assert_frame_equal(read, table, check_exact=False)
+    assert json.loads(json.dumps(table.attrs)) == table.attrs
+    assert len(pd.concat([table, table])) == 6
+
+
+# -- progress ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verbose", "expected"),
+    [
+        (0, []),
+        (1, ["[1/2] bayes: 0.9", "[2/2] bad: failed with ValueError: out of luck ("]),
+        (
+            2,
+            [
+                "[1/2] bayes: fold 1 of 2",
+                "[1/2] bayes: fold 2 of 2",
+                "[1/2] bayes: fit on all training rows",
+                "[1/2] bayes: 0.9",
+                "[2/2] bad: fold 1 of 2",
+                "[2/2] bad: failed with ValueError: out of luck (",
+            ],
+        ),
+    ],
+)
+def test__verbose__tells_on_stderr(verbose, expected, capsys):
+    models = {"bayes": GaussianNB(), "bad": Failing()}
+    compare(models, X, Y, cv=2, X_test=X, y_test=Y, verbose=verbose)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
