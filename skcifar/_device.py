@@ -15,12 +15,10 @@ from torch import Tensor
 # torch's modules draw their initial weights from the global generator, so one thread at a time.
 _construction_lock = threading.Lock()
 
-# Rows read at once where the whole of X is passed through (statistics): a block of
-# CIFAR-10 in float64 is 12 MB and stays in the processor's cache.
-_BLOCK_ROWS = 512
-
-
-# -- devices and precision ---------------------------------------------------------------------
+# Rows read at once where the whole of X is passed through (statistics): a block of CIFAR-10 stays
+# in the processor's cache, and sums of so many squares of bytes are exact in float32.
+_BLOCK_ROWS = 256
+# -- devices and precision -------------------------------------------------------------------------
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -39,6 +37,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
             "give device='auto' or 'cpu', or install a CUDA build of torch."
         )
     return resolved
+
+
+def device_or_cpu(name: str) -> torch.device:
+    """The device of that name where this machine has it, else the CPU."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return torch.device("cpu")
+    return device
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -86,7 +92,7 @@ def resolve_precision(
     return Precision("float64" if follows_rows else "float32")
 
 
-# -- seeds ---------------------------------------------------------------------------------------
+# -- seeds -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,9 @@ class Generators:
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         for name, generator in vars(self).items():
-            generator.set_state(state[name])
+            # a state of another kind of device's generator has another length: it starts anew
+            if len(state[name]) == len(generator.get_state()):
+                generator.set_state(state[name])
 
 
 @contextmanager
@@ -144,7 +152,7 @@ def skeleton_construction(factory: Callable[..., Any]) -> Iterator[None]:
             yield
 
 
-# -- rows ----------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def as_tensor(X: np.ndarray | Tensor) -> Tensor:
@@ -213,18 +221,22 @@ def pixel_statistics(
     squares = torch.zeros_like(total)
     weight_sum = 0.0
     n_used = len(rows) if index is None else len(index)
-    # Values are taken relative to the first row's mean, so that squares do not cancel.
-    origin = float(rows[0].to(torch.float64).mean())
+    # Bytes sum exactly in float32, in half the time. Other values are taken relative to the first
+    # row's mean, so that their squares do not cancel.
+    exact = rows.dtype == torch.uint8 and weight is None
+    dtype = torch.float32 if exact else torch.float64
+    origin = 0.0 if exact else float(rows[0].to(torch.float64).mean())
     for start in range(0, n_used, _BLOCK_ROWS):
         picked: slice | Tensor = slice(start, min(start + _BLOCK_ROWS, n_used))
         if index is not None:
             picked = index[picked]
-        block = rows[picked].to(torch.float64) - origin
-        block_weight = (
-            torch.ones(len(block), dtype=torch.float64, device=rows.device)
-            if weight is None
-            else weight[picked].to(torch.float64)
-        )
+        block = rows[picked].to(dtype, copy=True)
+        if origin:
+            block.sub_(origin)
+        if weight is None:
+            block_weight = torch.ones(len(block), dtype=dtype, device=rows.device)
+        else:
+            block_weight = weight[picked].to(dtype)
         total += block_weight @ block
         squares += block_weight @ block.square_()
         weight_sum += float(block_weight.sum())
@@ -317,7 +329,7 @@ def per_feature_values(
     return np.ascontiguousarray(pixels if layout == "HWC" else pixels.T).ravel()
 
 
-# -- augmentation --------------------------------------------------------------------------------
+# -- augmentation ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

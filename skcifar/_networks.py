@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -56,6 +58,60 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
 
 
+class Linear(nn.Linear):
+    """torch's dense layer with its float32 products in oneDNN where that is the CPU's own.
+
+    torch takes MKL for them. On an AMD Zen 5 with two threads oneDNN is 2.2 times as fast
+    (500 x 3072 by 200: 1.45 ms against 3.1 forward, 3.4 for the weights' gradient), with a
+    relative difference of 1e-6. `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            _onednn_linear is not None
+            and x.dtype == torch.float32
+            and x.ndim == 2
+            and x.device.type == "cpu"
+            and torch.backends.mkldnn.enabled
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return _OneDNNLinear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def _find_onednn_linear() -> Callable[..., Tensor] | None:
+    """The operator, private to torch, which may do without it one day."""
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        operator(torch.zeros(1, 2), torch.zeros(1, 2), None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return None
+    return operator
+
+
+_onednn_linear = _find_onednn_linear()
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        assert _onednn_linear is not None
+        ctx.save_for_backward(x, weight)
+        return _onednn_linear(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        assert _onednn_linear is not None
+        x, weight = ctx.saved_tensors
+        of_x = None
+        if ctx.needs_input_grad[0]:  # not of the rows themselves
+            of_x = _onednn_linear(gradient, weight.t(), None, "none", [], "")
+        transposed = gradient.t().contiguous()
+        of_weight = _onednn_linear(transposed, x.t(), None, "none", [], "")
+        return of_x, of_weight, gradient.sum(0)
+
+
 class MultilayerPerceptron(nn.Module):
     """Dense layers over flat rows (n_samples, n_features); no hidden layer is a linear model."""
 
@@ -72,7 +128,7 @@ class MultilayerPerceptron(nn.Module):
         self.features = nn.Sequential(
             *_dense_layers(widths, [activation] * len(hidden_layer_sizes), dropout)
         )
-        self.head = nn.Linear(widths[-1], n_outputs)
+        self.head = Linear(widths[-1], n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -81,7 +137,7 @@ class MultilayerPerceptron(nn.Module):
 def _dense_layers(widths: Sequence[int], activations: Sequence[str], dropout: float) -> list:
     layers: list[nn.Module] = []
     for (n_in, n_out), activation in zip(pairwise(widths), activations, strict=True):
-        layers += [nn.Linear(n_in, n_out), ACTIVATIONS[activation]()]
+        layers += [Linear(n_in, n_out), ACTIVATIONS[activation]()]
         if dropout:
             layers.append(Dropout(dropout))
     return layers

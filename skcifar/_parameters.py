@@ -133,7 +133,7 @@ batch_size : int, "auto" or "full", default={batch_size}
         "squared_error" fits one-hot targets, or -1 and 1 of two classes: half the mean over the
         outputs. It gives no probabilities.
     label_smoothing : float, default={label_smoothing}
-        Share of the target that is spread over all classes.
+        Share of the target that is spread over all classes, in training.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes; "balanced" makes them inversely proportional to their frequency.
     clip_grad_norm : float or None, default=None
@@ -154,7 +154,7 @@ batch_size : int, "auto" or "full", default={batch_size}
     precision : {{"auto", "float32", "float64", "bfloat16"}}, default="auto"
         {precision} "bfloat16" computes in bfloat16 on float32 weights.
     skorch_callbacks : list of skorch callbacks or None, default=None
-        Copied before use; as trained in `skorch_callbacks_`.
+        Copied before use; as trained in `skorch_callbacks_`. solver="lbfgs" calls none.
 """
 
 _MAX_FUN = """\
@@ -174,9 +174,11 @@ classes_ : ndarray of shape (n_classes,)
     mean_, scale_ : ndarray of shape (n_channels,) or None
         What is subtracted and divided by, in the units of X; None without normalisation.
     n_iter_ : int
-        Epochs trained, over all calls of partial_fit.
+        Epochs trained, or iterations of solver="lbfgs", over all calls of partial_fit and of fit
+        with `warm_start`.
     history_ : list of dict
-        A row an epoch: epoch, losses, accuracies, validation score, learning rate, seconds.
+        A row an epoch: epoch, losses, accuracies, validation score, learning rate, seconds; of
+        solver="lbfgs" a row an iteration, without training accuracy and learning rate.
         `pandas.DataFrame(history_)` shows it.
     loss_ : float
         Loss of the last epoch, penalty included.
@@ -193,7 +195,7 @@ classes_ : ndarray of shape (n_classes,)
     n_outputs_ : int
         1 for two classes, else the number of classes.
     n_parameters_ : int
-        Numbers in the network that are trained.
+        Weights and biases of the network.
     t_ : int
         Rows seen in training.
     dtype_ : str

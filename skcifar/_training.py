@@ -6,7 +6,6 @@ of the estimator; `train` runs it.
 
 from __future__ import annotations
 
-import copy
 import dis
 import math
 import time
@@ -22,15 +21,19 @@ from skorch import NeuralNetClassifier
 from skorch.callbacks import Callback
 from skorch.dataset import Dataset
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from skcifar import _lbfgs
 from skcifar._device import BatchReader, Generators, Precision
 from skcifar._lbfgs import LBFGSResult
 from skcifar._networks import MultilayerPerceptron, has_batch_norm, use_generator
-
-# Schedules whose length is fixed by max_iter: they run to their end whatever the loss does.
-FIXED_LENGTH_SCHEDULES = ("auto", "cosine", "one_cycle")
+from skcifar._optimization import (
+    ClassificationLoss,
+    LearningRates,
+    Recipe,
+    make_optimizer,
+    predicted_classes,
+    probabilities,
+)
 
 # A larger batch is read and differentiated in pieces of this many rows, whose gradients add up:
 # a full batch of CIFAR-10 in float32 would be four times the memory of the images.
@@ -38,46 +41,7 @@ _PIECE_ROWS = 4096
 
 # Rows of a forward pass without gradients. A piece of CIFAR-10 in float32 is 12 MB.
 _EVALUATION_ROWS = 1024
-
-
-# -- what a fit is -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to optimise: the estimator's parameters of the same names, checked and resolved."""
-
-    solver: str
-    learning_rate: str | Callable[[torch.optim.Optimizer], Any]
-    learning_rate_init: float
-    power_t: float
-    learning_rate_decay: float
-    learning_rate_step: int
-    learning_rate_end: float
-    learning_rate_warmup: float
-    momentum: float
-    nesterovs_momentum: bool
-    beta_1: float
-    beta_2: float
-    epsilon: float
-    alpha: float
-    weight_decay: float
-    alpha_over_data: bool  # divide alpha by the weight of the data rather than of the step
-    batch_size: int
-    max_iter: int
-    shuffle: bool
-    tol: float
-    n_iter_no_change: int
-    loss: str
-    label_smoothing: float
-    clip_grad_norm: float | None
-    clip_grad_value: float | None
-    early_stopping: bool
-    max_fun: int = 15_000  # of solver="lbfgs"
-
-    @property
-    def has_fixed_length(self) -> bool:
-        return self.learning_rate in FIXED_LENGTH_SCHEDULES
+# -- what a fit is ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +134,7 @@ class TrainingResult:
         Smallest training loss.
     converged : bool
     state : dict of tensors and numbers
-        Of optimizer, schedule and generators.
+        Of optimizer, learning rates and generators, with the solver they belong to.
     skorch_callbacks : list
         As trained.
     """
@@ -197,7 +161,7 @@ def train(job: TrainingJob) -> TrainingResult:
     if job.recipe.solver == "lbfgs":
         return _train_lbfgs(job)
     net = _Net(job).initialize()
-    conductor = _Conductor(net)
+    conductor = net.conductor
     net.callbacks_.append(("conductor", conductor))
     try:
         net.notify("on_train_begin", X=None, y=None)
@@ -205,9 +169,12 @@ def train(job: TrainingJob) -> TrainingResult:
         net.notify("on_train_end", X=None, y=None)
     except _Stop:
         net.notify("on_train_end", X=None, y=None)
+    if not conductor.history:
+        raise ValueError("A callback ended the training before its first epoch was over.")
     conductor.restore_best()
     expected_to_converge = not (job.recipe.has_fixed_length or job.incremental)
-    if expected_to_converge and not conductor.converged:
+    ran_out = len(conductor.history) == job.recipe.max_iter and not conductor.converged
+    if expected_to_converge and ran_out:
         warn_not_converged(job.recipe.max_iter)
     return conductor.result()
 
@@ -221,65 +188,7 @@ def warn_not_converged(max_iter: int) -> None:
     )
 
 
-# -- the loss ------------------------------------------------------------------------------------
-
-
-class ClassificationLoss(nn.Module):
-    """Weighted mean loss of a batch, from logits (n, n_outputs) and targets (n,) in 0..K-1.
-
-    One output is a binary problem: its logit is class 1's, its squared-error target -1 or 1.
-    """
-
-    def __init__(self, loss: str = "cross_entropy", label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.loss = loss
-        self.label_smoothing = label_smoothing
-
-    def forward(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        weight: Tensor | None = None,
-        weight_sum: float | None = None,
-    ) -> Tensor:
-        """Sum of weight * loss over `weight_sum`, by default the sum of the weights given."""
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
-        if weight is None:
-            total = self._losses(logits, targets, "sum")
-            return total / (len(targets) if weight_sum is None else weight_sum)
-        losses = self._losses(logits, targets, "none")
-        return (losses @ weight.to(losses.dtype)) / (
-            weight.sum() if weight_sum is None else weight_sum
-        )
-
-    def _losses(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        binary = logits.shape[1] == 1
-        if self.loss == "squared_error":
-            if binary:
-                wanted = 2.0 * targets.to(logits.dtype)[:, None] - 1.0
-            else:
-                wanted = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
-            # half the mean over the outputs, as in scikit-learn's MLPRegressor
-            losses = (logits - wanted).square().mean(1) / 2
-            return losses.sum() if reduction == "sum" else losses
-        if binary:
-            smoothing = self.label_smoothing
-            wanted = targets.to(logits.dtype) * (1 - smoothing) + smoothing / 2
-            return F.binary_cross_entropy_with_logits(logits[:, 0], wanted, reduction=reduction)
-        return F.cross_entropy(
-            logits, targets, label_smoothing=self.label_smoothing, reduction=reduction
-        )
-
-
-def predicted_classes(logits: Tensor) -> Tensor:
-    """Codes 0..K-1 of the predicted classes, (n,), from logits (n, n_outputs)."""
-    if logits.shape[1] == 1:
-        return (logits[:, 0] > 0).long()
-    return logits.argmax(1)
-
-
-# -- the loop ------------------------------------------------------------------------------------
+# -- the loop --------------------------------------------------------------------------------------
 
 
 class _Stop(Exception):
@@ -306,7 +215,7 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
         samples, bounds = self.samples, self.bounds
         rows, targets, weight, index = samples.rows, samples.targets, samples.weight, samples.index
-        if self.order is not None:
+        if self.order is not None and len(self) > 1:  # one batch is read in place
             order = torch.randperm(len(samples), generator=self.order).to(rows.device)
             index = order if index is None else index[order]
         sums = self._weight_sums(index)
@@ -364,6 +273,7 @@ class _Net(NeuralNetClassifier):
     def initialize(self) -> _Net:
         super().initialize()
         recipe = self.job.recipe
+        self.conductor = _Conductor(self)
         named = [callback for _, callback in self.callbacks_]
         self.notifies_batches = any(_overrides(c, "on_batch_begin", "on_batch_end") for c in named)
         self.notifies_gradients = any(_overrides(c, "on_grad_computed") for c in named)
@@ -376,7 +286,14 @@ class _Net(NeuralNetClassifier):
         )
         self.piece_rows = None if has_batch_norm(self.module_) else _PIECE_ROWS
         self.data_weight = self.job.train.total_weight() if recipe.alpha_over_data else None
-        self.rates = _Rates(self)
+        n_batches = len(self.get_iterator(self.job.train, training=True))
+        self.rates = LearningRates(
+            recipe,
+            self.optimizer_,
+            n_rows=len(self.job.train),
+            n_steps=recipe.max_iter * n_batches,
+            state=None if recipe.solver == "lbfgs" else self.job.state,
+        )
         return self
 
     def initialize_optimizer(self, triggered_directly: Any = None) -> _Net:
@@ -408,23 +325,20 @@ class _Net(NeuralNetClassifier):
             return
         start = time.perf_counter()
         self._set_training(training)
-        # 0-d tensors that stay on the device until the epoch is over
-        totals = torch.zeros(2, dtype=torch.float64, device=self.job.reader.device)
-        weight_sum = 0.0
+        # Tensors that stay on the device until the epoch is over: what can be done once an epoch
+        # is not done in each step.
+        figures = _Figures()
         for rows, targets, weight, batch_weight in iterator:
             batch = (rows, targets)
             if self.notifies_batches:
                 self.notify("on_batch_begin", batch=batch, training=training)
             step = step_fn(batch, weight=weight, weight_sum=batch_weight)
-            right = predicted_classes(step["y_pred"]) == targets
-            totals[0].add_(step["loss"], alpha=batch_weight)
-            totals[1].add_(right.sum() if weight is None else weight @ right.to(weight.dtype))
-            weight_sum += batch_weight
+            figures.add(step, targets, weight, batch_weight)
             if self.notifies_batches:
                 self.history.record_batch(prefix + "_loss", step["loss"].item())
                 self.history.record_batch(prefix + "_batch_size", len(targets))
                 self.notify("on_batch_end", batch=batch, training=training, **step)
-        loss, accuracy = (totals / weight_sum).tolist()
+        loss, accuracy = figures.read()
         best = min((row[prefix + "_loss"] for row in self.history[:-1]), default=math.inf)
         self.history.record(prefix + "_loss", loss)
         self.history.record(prefix + "_loss_best", loss < best)
@@ -436,20 +350,19 @@ class _Net(NeuralNetClassifier):
     def train_step(
         self, batch: Any, weight: Tensor | None = None, weight_sum: float = 0.0, **_: Any
     ) -> dict:
-        """One update; gives the loss it started from, penalty included, and the logits."""
+        """One update; gives the loss it started from, the penalty beside it, and the logits."""
         recipe = self.job.recipe
         strength = recipe.alpha / (self.data_weight or weight_sum) if recipe.alpha else 0.0
         decayed = self.optimizer_.param_groups[0]
         self.optimizer_.zero_grad(set_to_none=True)
         loss, logits = self.accumulate_gradient(batch, weight, weight_sum)
-        if strength or recipe.weight_decay:
-            coupled = strength + (recipe.weight_decay if recipe.solver != "adamw" else 0.0)
+        step = {"loss": loss, "y_pred": logits}
+        coupled = strength + (recipe.weight_decay if recipe.solver != "adamw" else 0.0)
+        if coupled:
             with torch.no_grad():
-                norm = nn.utils.get_total_norm(decayed["params"])
-                loss = loss + 0.5 * coupled * norm.square()
+                step["penalty"] = (coupled / 2, squared_norm(decayed["params"]))
                 if self.adds_penalty:
-                    for parameter in decayed["params"]:
-                        parameter.grad.add_(parameter, alpha=strength)
+                    _add_penalty(decayed["params"], strength)
                 elif recipe.solver != "adamw":
                     decayed["weight_decay"] = coupled
         if self.notifies_gradients:
@@ -465,7 +378,7 @@ class _Net(NeuralNetClassifier):
             nn.utils.clip_grad_norm_(self.module_.parameters(), recipe.clip_grad_norm)
         self.rates.before_step()
         self.optimizer_.step()
-        return {"loss": loss, "y_pred": logits}
+        return step
 
     def accumulate_gradient(
         self, batch: tuple[Tensor, Tensor], weight: Tensor | None, weight_sum: float
@@ -515,9 +428,63 @@ class _Net(NeuralNetClassifier):
         try:
             super().notify(method_name, **kwargs)
         except KeyboardInterrupt as error:
-            if _raised_by_statement(error):  # how skorch's callbacks end a training quietly
-                raise _Stop from None
-            raise
+            if not _raised_by_statement(error):
+                raise
+            # how skorch's callbacks end a training quietly; the epoch that they end counts
+            if method_name == "on_epoch_end":
+                self.conductor.on_epoch_end(self)
+            raise _Stop from None
+
+
+class _Figures:
+    """Loss and accuracy of an epoch, from what its steps left."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.penalties: list[tuple[float, Tensor]] = []
+        self.logits: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.weight_sums: list[float] = []
+
+    def add(self, step: dict, targets: Tensor, weight: Tensor | None, weight_sum: float) -> None:
+        self.losses.append(step["loss"])
+        if "penalty" in step:
+            self.penalties.append(step["penalty"])
+        self.logits.append(step["y_pred"])
+        self.targets.append(targets)
+        if weight is not None:
+            self.weights.append(weight)
+        self.weight_sums.append(weight_sum)
+
+    def read(self) -> tuple[float, float]:
+        """The epoch's weighted means; the only time the host waits for the device."""
+        losses = torch.stack(self.losses).double()
+        shares = torch.tensor(self.weight_sums, dtype=torch.float64, device=losses.device)
+        if self.penalties:
+            factors, norms = zip(*self.penalties, strict=True)
+            penalties = torch.stack(norms).double()
+            losses = losses + penalties * penalties.new_tensor(factors)
+        right = (predicted_classes(torch.cat(self.logits)) == torch.cat(self.targets)).double()
+        if self.weights:
+            right = right * torch.cat(self.weights)
+        figures = torch.stack([losses @ shares, right.sum()]) / shares.sum()
+        loss, accuracy = figures.tolist()
+        return loss, accuracy
+
+
+def squared_norm(weights: list[Tensor]) -> Tensor:
+    """Sum of all squared weights, 0-d."""
+    if len(weights) > 4:
+        return nn.utils.get_total_norm(weights).square()
+    # one product for each is quicker than the general way, for a few
+    return sum(torch.linalg.vecdot(w.flatten(), w.flatten()) for w in weights)  # type: ignore
+
+
+def _add_penalty(parameters: list[Tensor], strength: float) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:  # a caller's own module may leave some unused
+            parameter.grad.add_(parameter, alpha=strength)
 
 
 def _overrides(callback: Callback, *methods: str) -> bool:
@@ -533,14 +500,6 @@ def _raised_by_statement(error: BaseException) -> bool:
         return False
     instruction = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
     return instruction == dis.opmap["RAISE_VARARGS"]
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities (n, n_classes) in float64 from logits (n, n_outputs)."""
-    logits = logits.double()
-    if logits.shape[1] == 1:
-        logits = torch.cat([-logits, logits], 1) / 2
-    return logits.softmax(1)
 
 
 class _Conductor(Callback):
@@ -589,6 +548,17 @@ class _Conductor(Callback):
         if stop or self.converged:
             raise _Stop
 
+    def validation_figures(self) -> dict[str, float]:
+        """Loss, accuracy and score on the validation rows, if any, outside the epoch loop."""
+        if self.job.validation is None:
+            return {}
+        net = self.net
+        net.history.new_epoch()
+        batches = net.get_iterator(self.job.validation)
+        net.run_single_epoch(batches, False, "valid", net.validation_step)
+        row = {name: net.history[-1][name] for name in ("valid_loss", "valid_accuracy")}
+        return row | {"valid_score": self._validation_score(row)}
+
     def _validation_score(self, row: dict) -> float:
         if self.job.validation_score is not None:
             return float(self.job.validation_score())
@@ -626,6 +596,7 @@ class _Conductor(Callback):
 
     def result(self) -> TrainingResult:
         state = {
+            "solver": self.job.recipe.solver,
             "optimizer": self.net.optimizer_.state_dict()["state"],
             "rates": self.net.rates.state(),
             "generators": self.job.generators.get_state(),
@@ -640,145 +611,38 @@ class _Conductor(Callback):
         )
 
 
-# -- optimizers and learning rates ---------------------------------------------------------------
-
-
-def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Optimizer with two groups: weights, which are penalised, and biases and BatchNorm."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    weights = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    decay = recipe.weight_decay
-    groups = [
-        {"params": weights, "weight_decay": decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    # fused: one pass over parameters, gradients and moments, where torch has one
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    rate = recipe.learning_rate_init
-    if recipe.solver == "sgd":
-        nesterov = recipe.nesterovs_momentum and recipe.momentum > 0
-        return torch.optim.SGD(
-            groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused
-        )
-    optimizer = torch.optim.AdamW if recipe.solver == "adamw" else torch.optim.Adam
-    betas = (recipe.beta_1, recipe.beta_2)
-    return optimizer(groups, lr=rate, betas=betas, eps=recipe.epsilon, fused=fused)
-
-
-class _Rates:
-    """The learning rate of every step.
-
-    Counters go on where an earlier fit left them, but a schedule of fixed length starts again,
-    since its length is that of one fit.
-    """
-
-    def __init__(self, net: _Net) -> None:
-        self.recipe = net.job.recipe
-        self.optimizer = net.optimizer_
-        self.n_rows = len(net.job.train)
-        self.n_steps = self.recipe.max_iter * len(net.get_iterator(net.job.train, training=True))
-        self.step = 0
-        self.epoch = 0
-        self.rate = self.recipe.learning_rate_init
-        self.scheduler = None
-        if callable(self.recipe.learning_rate):
-            self.scheduler = self.recipe.learning_rate(self.optimizer)
-        if net.job.state is not None:
-            self._go_on(net.job.state)
-
-    def _go_on(self, state: dict) -> None:
-        whole = self.optimizer.state_dict()
-        whole["state"] = copy.deepcopy(state["optimizer"])  # which the estimator keeps
-        self.optimizer.load_state_dict(whole)
-        self.epoch = state["rates"]["epoch"]
-        self.rate = state["rates"]["rate"]
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["rates"]["scheduler"])
-        self._set(self.rate)
-
-    def state(self) -> dict:
-        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {"epoch": self.epoch, "rate": rate, "scheduler": scheduler}
-
-    def _set(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def before_step(self) -> None:
-        self.step += 1
-        if self.recipe.has_fixed_length:
-            share = self.step / (self.n_steps + 1)  # neither end has the rate 0
-            self._set(self.recipe.learning_rate_init * self._shape(share))
-
-    def _shape(self, share: float) -> float:
-        """Rate at a share of the training, in (0, 1), relative to the highest."""
-        warmup, end = self.recipe.learning_rate_warmup, self.recipe.learning_rate_end
-        if share < warmup:
-            return share / warmup
-        left = (1 - share) / (1 - warmup)
-        if self.recipe.learning_rate == "cosine":
-            left = (1 - math.cos(math.pi * left)) / 2
-        return end + (1 - end) * left
-
-    def after_epoch(self, row: dict) -> None:
-        recipe = self.recipe
-        self.epoch += 1
-        if self.scheduler is not None:
-            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                self.scheduler.step(row.get("valid_loss", row["train_loss"]))
-            else:
-                self.scheduler.step()
-        elif recipe.learning_rate == "invscaling":
-            seen = self.epoch * self.n_rows
-            self._set(recipe.learning_rate_init / (seen + 1) ** recipe.power_t)
-        elif recipe.learning_rate == "exponential":
-            self._set(recipe.learning_rate_init * recipe.learning_rate_decay**self.epoch)
-        elif recipe.learning_rate == "step":
-            n_falls = self.epoch // recipe.learning_rate_step
-            self._set(recipe.learning_rate_init * recipe.learning_rate_decay**n_falls)
-
-    def lower(self) -> bool:
-        """With "adaptive", divide the rate by 5, if it is still worth it, and go on."""
-        rate = self.optimizer.param_groups[0]["lr"]
-        if self.recipe.learning_rate != "adaptive" or rate <= 1e-6:
-            return False
-        self._set(rate / 5)
-        return True
-
-
-# -- full batches --------------------------------------------------------------------------------
+# -- full batches ----------------------------------------------------------------------------------
 
 
 def _train_lbfgs(job: TrainingJob) -> TrainingResult:
     """L-BFGS over all of the rows at once; a linear model has a faster way to the same optimum."""
     linear = isinstance(job.module, MultilayerPerceptron) and not len(job.module.features)
     is_cross_entropy = job.recipe.loss == "cross_entropy"
-    started = time.perf_counter()
+    net = _Net(job).initialize()
     history: list[dict] = []
+    clock = [time.perf_counter()]
+    stopped = [False]
 
     def on_iteration(loss: float) -> bool:
         job.on_epoch_begin()
         if job.verbose:
             print(f"Iteration {len(history) + 1}, loss = {loss:.8f}")
-        row = {
-            "epoch": len(history) + 1,
-            "train_loss": loss,
-            "seconds": time.perf_counter() - started,
-        }
-        history.append(row)
-        return job.on_epoch_end(row)
+        clock.append(time.perf_counter())
+        seconds = clock[-1] - clock[-2]
+        row = {"epoch": len(history) + 1, "train_loss": loss, "seconds": seconds}
+        history.append(row | net.conductor.validation_figures())
+        stopped[0] = bool(job.on_epoch_end(history[-1]))
+        return stopped[0]
 
     minimize = _minimize_linear if linear and is_cross_entropy else _minimize_any
     try:
-        result = minimize(job, on_iteration)
+        result = minimize(net, on_iteration)
     except FloatingPointError as error:
         raise ValueError(
             f"The training loss is no longer finite after {len(history)} iterations of L-BFGS "
             f"({error}). Scale the inputs (normalize=True), or raise alpha."
         ) from error
-    if not result.converged:
+    if not result.converged and not stopped[0]:
         warn_not_converged(job.recipe.max_iter)
     if not history:  # it began at the optimum
         on_iteration(result.loss)
@@ -787,12 +651,13 @@ def _train_lbfgs(job: TrainingJob) -> TrainingResult:
         best_score=None,
         best_loss=min(row["train_loss"] for row in history),
         converged=result.converged,
-        state={"generators": job.generators.get_state()},
+        state={"solver": job.recipe.solver, "generators": job.generators.get_state()},
         skorch_callbacks=[],
     )
 
 
-def _minimize_linear(job: TrainingJob, on_iteration: Callable[[float], bool]) -> LBFGSResult:
+def _minimize_linear(net: _Net, on_iteration: Callable[[float], bool]) -> LBFGSResult:
+    job = net.job
     head = job.module.head
     assert isinstance(head, nn.Linear)
     statistics = job.reader.feature_statistics()
@@ -829,25 +694,24 @@ def _as_array(parameter: Tensor) -> np.ndarray:
     return parameter.detach().double().cpu().numpy()
 
 
-def _minimize_any(job: TrainingJob, on_iteration: Callable[[float], bool]) -> LBFGSResult:
+def _minimize_any(net: _Net, on_iteration: Callable[[float], bool]) -> LBFGSResult:
     """As scikit-learn's MLPClassifier(solver="lbfgs")."""
-    recipe, samples = job.recipe, job.train
-    net = _Net(job).initialize()
-    net._set_training(True)
+    recipe, samples = net.job.recipe, net.job.train
     ((rows, targets, weight, weight_sum),) = _Batches(samples, len(samples))
     strength = recipe.alpha / weight_sum + recipe.weight_decay
     penalised = net.optimizer_.param_groups[0]["params"]
 
     def closure() -> float:
+        net._set_training(True)
         loss, _ = net.accumulate_gradient((rows, targets), weight, weight_sum)
         with torch.no_grad():
             for parameter in penalised:
                 loss = loss + 0.5 * strength * parameter.square().sum()
-                parameter.grad.add_(parameter, alpha=strength)
+            _add_penalty(penalised, strength)
         return float(loss)
 
     return _lbfgs.minimize_module(
-        job.module,
+        net.job.module,
         closure,
         max_iter=recipe.max_iter,
         tol=recipe.tol,

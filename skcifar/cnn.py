@@ -11,7 +11,8 @@ import torch
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
-from skcifar._base import TorchClassifier, hidden_widths
+from skcifar._base import hidden_widths
+from skcifar._classifier import TorchClassifier
 from skcifar._device import Augmentation, reflected
 from skcifar._networks import ACTIVATIONS, ARCHITECTURES, ConvolutionalNetwork, has_batch_norm
 from skcifar._parameters import document_parameters, share
@@ -29,7 +30,7 @@ _AUTO_LEARNING_RATE = (
     auto_learning_rate=_AUTO_LEARNING_RATE,
     learning_rate_decay="0.95",
     learning_rate_warmup="0.2",
-    max_iter="14",
+    max_iter="13",
     label_smoothing="0.2",
     image_shape="Flat rows of s² or 3s² features with s >= 8 are taken for square images without "
     "it;\n        other rows for images of one pixel, on which a convolution is a dense layer.",
@@ -65,7 +66,9 @@ class CNNClassifier(TorchClassifier):
         A network by name in place of the parameters above: LeNet-5 [1]_, VGG with BatchNorm [2]_
         or ResNet-18 with the stem for small images [3]_. A callable gets `image_shape` (height,
         width, channels) and `n_outputs` (1 for two classes) by name and returns a
-        `torch.nn.Module` from images (n, channels, height, width) to logits (n, n_outputs).
+        `torch.nn.Module` from images (n, channels, height, width) to logits (n, n_outputs). Its
+        `torch.nn.Dropout` layers draw from `random_state`; other random layers would draw from
+        torch's global generator.
     horizontal_flip : bool, default=False
         Whether to mirror half of the images in training, anew in each epoch. A flip relabels
         digits; for photographs it helps.
@@ -75,8 +78,9 @@ class CNNClassifier(TorchClassifier):
     cutout : int, default=0
         Side in pixels of a square of each image that is blanked in training.
     tta : bool, default=False
-        Whether prediction averages the logits over one-pixel translations and, with
-        `horizontal_flip`, over flips.
+        Whether prediction averages the logits over the image and its moves by one pixel up and
+        left and down and right and, with `horizontal_flip`, over their flips. The accuracies in
+        `history_` are without.
     solver : {"sgd", "adam", "adamw"}, default="sgd"
         Optimizer.
     alpha : float, default=0.0
@@ -159,7 +163,7 @@ class CNNClassifier(TorchClassifier):
         learning_rate_step=10,
         learning_rate_end=0.0,
         learning_rate_warmup=0.2,
-        max_iter=14,
+        max_iter=13,
         shuffle=True,
         random_state=None,
         tol=1e-4,

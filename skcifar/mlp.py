@@ -9,7 +9,8 @@ import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from skcifar._base import TorchClassifier, hidden_widths
+from skcifar._base import hidden_widths
+from skcifar._classifier import TorchClassifier
 from skcifar._networks import MultilayerPerceptron, glorot_uniform_
 from skcifar._parameters import document_parameters, share
 
@@ -37,6 +38,7 @@ class MLPClassifier(TorchClassifier):
       before; there it is constant, for up to 200 epochs, until the loss stops falling;
     - `hidden_layer_sizes=(512,)` instead of (100,), and `learning_rate_init=2e-3` of 1e-3;
     - integers within 0 to 255 are taken for pixels and normalised;
+    - schedules serve "adam" and "adamw" too, and batches are of nearly equal size;
     - `batch_size="auto"` grows with the data instead of staying at 200;
     - `warm_start` and a pickle keep the optimizer's state.
 
@@ -182,6 +184,14 @@ class MLPClassifier(TorchClassifier):
         self.device = device
         self.precision = precision
         self.skorch_callbacks = skorch_callbacks
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.solver == "lbfgs" and self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout!r} gives solver='lbfgs' another loss at every evaluation; "
+                "use solver='sgd', 'adam' or 'adamw', or dropout=0."
+            )
 
     def _network(
         self, image_shape: tuple[int, int, int], n_outputs: int

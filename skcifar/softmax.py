@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from skcifar._base import TorchClassifier
+from skcifar._classifier import TorchClassifier
 from skcifar._networks import MultilayerPerceptron
 from skcifar._parameters import document_parameters
 from skcifar._training import Samples

@@ -402,6 +402,31 @@ def test__warm_start__goes_on_and_a_plain_fit_starts_afresh(digits):
         model.fit(X[y < 5], y[y < 5])
 
 
+def test__warm_start_with_another_solver__starts_its_optimizer_afresh(digits):
+    X, y = digits
+    model = SoftmaxRegression(warm_start=True, random_state=0).fit(X, y)
+    loss = model.loss_
+    for solver in ("sgd", "adam", "adamw"):
+        model.set_params(solver=solver, max_iter=2, learning_rate_init=1e-5).fit(X, y)
+        assert model.loss_ == pytest.approx(loss, rel=0.05)
+
+
+def test__warm_start_with_early_stopping__holds_the_same_rows_out(digits):
+    X, y = digits
+    model = quick("mlp", early_stopping=True, warm_start=True).fit(X, y)
+    held_out = [
+        model._prepare(X, y, None, going_on=True)[0].validation.index.tolist() for _ in range(2)
+    ]
+    first = quick("mlp", early_stopping=True)._prepare(X, y, None, going_on=False)[0]
+    assert held_out[0] == held_out[1] == first.validation.index.tolist()
+
+
+def test__rows_seen__are_counted_over_partial_fits(digits):
+    X, y = digits
+    model = quick("mlp").partial_fit(X[:100], y[:100], classes=np.arange(10))
+    assert model.partial_fit(X[:30], y[:30]).t_ == 130
+
+
 def test__warm_start_of_lbfgs__begins_where_it_ended(digits):
     X, y = digits
     model = SoftmaxRegression(warm_start=True).fit(X, y)
@@ -484,7 +509,13 @@ def test__skorch_callbacks__work(digits, tmp_path):
         Checkpoint(monitor="valid_loss_best", dirname=str(tmp_path)),
         EpochScoring("neg_log_loss", name="ignored", use_caching=False),
     ]
-    model = quick("mlp", learning_rate="constant", skorch_callbacks=callbacks, tol=0.0)
+    model = quick(
+        "mlp",
+        learning_rate="constant",
+        learning_rate_init=1e-3,
+        skorch_callbacks=callbacks,
+        tol=0.0,
+    )
     with pytest.warns(ConvergenceWarning):
         model.fit(X[:400], y[:400], X_val=X[400:], y_val=y[400:])
     history = pd.DataFrame(model.history_)
@@ -677,3 +708,11 @@ def test__parameters_across__are_checked_when_fit_opens(digits):
         quick("mlp", device="cuda").fit(X, y)
     with pytest.raises(ValueError, match="is not a torch device"):
         quick("mlp", device="gpu").fit(X, y)
+
+
+def test__label_smoothing__is_not_in_the_validation_loss(digits):
+    X, y = digits
+    model = quick("mlp", label_smoothing=0.3).fit(X, y, X_val=X, y_val=y)
+    expected = log_loss(y, model.predict_proba(X))
+    assert model.history_[-1]["valid_loss"] == pytest.approx(expected, rel=1e-5)
+    assert model.history_[-1]["train_loss"] > expected

@@ -17,10 +17,12 @@ ROWS = [
     ["_device"],
     ["_networks"],
     ["_lbfgs"],
+    ["_optimization"],
     ["_training"],
     ["_stack"],
     ["_parameters"],
     ["_base"],
+    ["_classifier"],
     ESTIMATORS,
     ["_backend"],
     *([module] for module in READERS),
@@ -60,6 +62,7 @@ def test__reader__names_nothing_private_and_no_estimator(module):
 
 def test__skorch__is_imported_by_training_only():
     assert [module for module in MODULES if "skorch" in foreign_imports(parse(module))] in (
+        ["_optimization"],
         ["_training"],
         [],
     )

@@ -110,6 +110,18 @@ def test__small_cnn_of_report_004__has_75186_parameters():
     assert n_parameters(network) == 75_186
 
 
+def test__base_cnn_of_report_004__is_ours_since_the_report_gives_no_layers():
+    network = ConvolutionalNetwork(
+        CIFAR,
+        10,
+        channels=[[32, 32], [64, 64], [128, 128]],
+        hidden_layer_sizes=[128],
+        batch_norm=False,
+        global_pool=None,
+    )
+    assert [shape[0] for shape in shapes(network)] == [32, 32, 64, 64, 128, 128, 128, 10]
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 5), (1, 7, 1), (2, 3, 1), (8, 8, 1), (28, 28, 1), (33, 31, 4)]
 )

@@ -1,0 +1,254 @@
+"""Optimisation: the recipe, the loss, the optimizer and its learning rates; knows only torch."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Schedules whose length is fixed by max_iter: they run to their end whatever the loss does.
+FIXED_LENGTH_SCHEDULES = ("auto", "cosine", "one_cycle")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to optimise: the estimator's parameters of the same names, checked and resolved."""
+
+    solver: str
+    learning_rate: str | Callable[[torch.optim.Optimizer], Any]
+    learning_rate_init: float
+    power_t: float
+    learning_rate_decay: float
+    learning_rate_step: int
+    learning_rate_end: float
+    learning_rate_warmup: float
+    momentum: float
+    nesterovs_momentum: bool
+    beta_1: float
+    beta_2: float
+    epsilon: float
+    alpha: float
+    weight_decay: float
+    alpha_over_data: bool  # divide alpha by the weight of the data rather than of the step
+    batch_size: int
+    max_iter: int
+    shuffle: bool
+    tol: float
+    n_iter_no_change: int
+    loss: str
+    label_smoothing: float
+    clip_grad_norm: float | None
+    clip_grad_value: float | None
+    early_stopping: bool
+    max_fun: int = 15_000  # of solver="lbfgs"
+
+    @property
+    def has_fixed_length(self) -> bool:
+        return self.learning_rate in FIXED_LENGTH_SCHEDULES
+
+
+# -- the loss --------------------------------------------------------------------------------------
+
+
+class ClassificationLoss(nn.Module):
+    """Weighted mean loss of a batch, from logits (n, n_outputs) and targets (n,) in 0..K-1.
+
+    Labels are smoothed in training mode only. One output is a binary problem: its logit is class
+    1's, its squared-error target -1 or 1.
+    """
+
+    def __init__(self, loss: str = "cross_entropy", label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.loss = loss
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        weight: Tensor | None = None,
+        weight_sum: float | None = None,
+    ) -> Tensor:
+        """Sum of weight * loss over `weight_sum`, by default the sum of the weights given."""
+        if logits.dtype == torch.bfloat16:
+            logits = logits.float()
+        if weight is None:
+            if weight_sum is None or weight_sum == len(targets):
+                return self._losses(logits, targets, "mean")
+            return self._losses(logits, targets, "sum") / weight_sum
+        losses = self._losses(logits, targets, "none")
+        return (losses @ weight.to(losses.dtype)) / (
+            weight.sum() if weight_sum is None else weight_sum
+        )
+
+    def _losses(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        binary = logits.shape[1] == 1
+        # a loss to be compared between recipes is the plain one
+        smoothing = self.label_smoothing if self.training else 0.0
+        if self.loss == "squared_error":
+            if binary:
+                wanted = 2.0 * targets.to(logits.dtype)[:, None] - 1.0
+            else:
+                wanted = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+            # half the mean over the outputs, as in scikit-learn's MLPRegressor
+            losses = (logits - wanted).square().mean(1) / 2
+            return losses if reduction == "none" else getattr(losses, reduction)()
+        if binary:
+            wanted = targets.to(logits.dtype) * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits[:, 0], wanted, reduction=reduction)
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction=reduction)
+
+
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Codes 0..K-1 of the predicted classes, (n,), from logits (n, n_outputs)."""
+    if logits.shape[1] == 1:
+        return (logits[:, 0] > 0).long()
+    return logits.argmax(1)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Class probabilities (n, n_classes) in float64 from logits (n, n_outputs)."""
+    logits = logits.double()
+    if logits.shape[1] == 1:
+        logits = torch.cat([-logits, logits], 1) / 2
+    return logits.softmax(1)
+
+
+# -- optimizers and learning rates -----------------------------------------------------------------
+
+
+def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Optimizer with two groups: weights, which are penalised, and biases and BatchNorm."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    weights = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    decay = recipe.weight_decay
+    groups = [
+        {"params": weights, "weight_decay": decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    # fused: one pass over parameters, gradients and moments, where torch has one
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    rate = recipe.learning_rate_init
+    if recipe.solver == "sgd":
+        nesterov = recipe.nesterovs_momentum and recipe.momentum > 0
+        return torch.optim.SGD(
+            groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused
+        )
+    optimizer = torch.optim.AdamW if recipe.solver == "adamw" else torch.optim.Adam
+    betas = (recipe.beta_1, recipe.beta_2)
+    return optimizer(groups, lr=rate, betas=betas, eps=recipe.epsilon, fused=fused)
+
+
+class LearningRates:
+    """The learning rate of every step.
+
+    Counters go on where an earlier fit left them, but a schedule of fixed length starts again,
+    since its length is that of one fit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        optimizer: torch.optim.Optimizer,
+        n_rows: int,
+        n_steps: int,
+        state: dict | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.optimizer = optimizer
+        self.n_rows = n_rows
+        self.n_steps = n_steps
+        self.step = 0
+        self.epoch = 0
+        self.scheduler = None
+        if callable(recipe.learning_rate):
+            self.scheduler = recipe.learning_rate(optimizer)
+        if state is not None:
+            self._go_on(state["optimizer"], state["rates"])
+
+    def _go_on(self, optimizer_state: dict, saved: dict) -> None:
+        # copied, since the estimator keeps them and this training may fail
+        whole = self.optimizer.state_dict()
+        whole["state"] = copy.deepcopy(optimizer_state)
+        self.optimizer.load_state_dict(whole)
+        if saved["schedule"] != self._schedule():
+            return  # another schedule begins at its beginning
+        self.epoch = saved["epoch"]
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(saved["scheduler"]))
+            self._set(saved["rate"])
+        elif self.recipe.learning_rate == "adaptive":
+            self._set(saved["rate"])
+        else:
+            self._set(self._rate_of_epoch())
+
+    def state(self) -> dict:
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {
+            "schedule": self._schedule(),
+            "epoch": self.epoch,
+            "rate": self.optimizer.param_groups[0]["lr"],
+            "scheduler": scheduler,
+        }
+
+    def _schedule(self) -> tuple[str, float]:
+        name = "callable" if self.scheduler is not None else str(self.recipe.learning_rate)
+        return name, self.recipe.learning_rate_init
+
+    def _set(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def before_step(self) -> None:
+        self.step += 1
+        if self.recipe.has_fixed_length:
+            share = self.step / (self.n_steps + 1)  # neither end has the rate 0
+            self._set(self.recipe.learning_rate_init * self._shape(share))
+
+    def _shape(self, share: float) -> float:
+        """Rate at a share of the training, in (0, 1), relative to the highest."""
+        warmup, end = self.recipe.learning_rate_warmup, self.recipe.learning_rate_end
+        if share < warmup:
+            return share / warmup
+        left = (1 - share) / (1 - warmup)
+        if self.recipe.learning_rate == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return end + (1 - end) * left
+
+    def after_epoch(self, row: dict) -> None:
+        recipe = self.recipe
+        self.epoch += 1
+        if self.scheduler is not None:
+            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                self.scheduler.step(row.get("valid_loss", row["train_loss"]))
+            else:
+                self.scheduler.step()
+        elif recipe.learning_rate in ("invscaling", "exponential", "step"):
+            self._set(self._rate_of_epoch())
+
+    def _rate_of_epoch(self) -> float:
+        """Rate of the schedules that change from epoch to epoch; the highest, of the others."""
+        recipe = self.recipe
+        rate = recipe.learning_rate_init
+        if recipe.learning_rate == "invscaling":
+            return rate / (self.epoch * self.n_rows + 1) ** recipe.power_t
+        if recipe.learning_rate == "exponential":
+            return rate * recipe.learning_rate_decay**self.epoch
+        if recipe.learning_rate == "step":
+            return rate * recipe.learning_rate_decay ** (self.epoch // recipe.learning_rate_step)
+        return rate
+
+    def lower(self) -> bool:
+        """With "adaptive", divide the rate by 5, if it is still worth it, and go on."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        if self.recipe.learning_rate != "adaptive" or rate <= 1e-6:
+            return False
+        self._set(rate / 5)
+        return True
