@@ -356,7 +356,7 @@ class _Net(NeuralNetClassifier):
         decayed = self.optimizer_.param_groups[0]
         self.optimizer_.zero_grad(set_to_none=True)
         loss, logits = self.accumulate_gradient(batch, weight, weight_sum)
-        step = {"loss": loss, "y_pred": logits}
+        step: dict[str, Any] = {"loss": loss, "y_pred": logits}
         coupled = strength + (recipe.weight_decay if recipe.solver != "adamw" else 0.0)
         if coupled:
             with torch.no_grad():
@@ -478,7 +478,7 @@ def squared_norm(weights: list[Tensor]) -> Tensor:
     if len(weights) > 4:
         return nn.utils.get_total_norm(weights).square()
     # one product for each is quicker than the general way, for a few
-    return sum(torch.linalg.vecdot(w.flatten(), w.flatten()) for w in weights)  # type: ignore
+    return sum(torch.linalg.vecdot(w.flatten(), w.flatten()) for w in weights)
 
 
 def _add_penalty(parameters: list[Tensor], strength: float) -> None:

@@ -299,6 +299,28 @@ def test__scorer__is_called_on_the_estimator_of_that_epoch(digits):
     assert custom.score(X[400:], y[400:], weight) == pytest.approx(custom.best_validation_score_)
 
 
+@every_classifier
+def test__validation_rows_of_weight_zero__do_not_count(name, digits):
+    X, y = digits
+    weight = (np.arange(200) < 100).astype(float)
+    model = quick(name).fit(
+        X, y, X_val=X[400:], y_val=y[400:], sample_weight_val=torch.from_numpy(weight)
+    )
+    half = quick(name).fit(X, y, X_val=X[400:500], y_val=y[400:500])
+    for key in ("valid_loss", "valid_accuracy", "valid_score"):
+        assert model.history_[-1][key] == pytest.approx(half.history_[-1][key], rel=1e-2)
+
+
+def test__scorer_on_held_out_rows_of_a_frame__does_not_warn_of_names(digits):
+    X, y = digits
+    frame = pd.DataFrame(X, columns=[f"pixel{i}" for i in range(64)])
+    model = quick("mlp", early_stopping=True, scoring="f1_macro").fit(
+        frame, y, sample_weight=np.ones(len(y))
+    )
+    assert 0 < model.best_validation_score_ <= 1
+    assert list(model.feature_names_in_) == list(frame.columns)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -421,6 +443,35 @@ def test__warm_start_with_early_stopping__holds_the_same_rows_out(digits):
     assert held_out[0] == held_out[1] == first.validation.index.tolist()
 
 
+def test__partial_fit_after_a_planned_fit__trains_at_the_constant_rate(digits):
+    X, y = digits
+    model = quick("mlp", warm_start=True).fit(X, y)
+    model.partial_fit(X, y)
+    assert model.history_[-1]["learning_rate"] == model.learning_rate_init
+    model.set_params(learning_rate="exponential", max_iter=2, tol=0.0)
+    with pytest.warns(ConvergenceWarning):
+        model.fit(X, y)
+    rates = [row["learning_rate"] for row in model.history_[-2:]]
+    assert rates == pytest.approx([2e-3, 2e-3 * 0.95])
+    model.set_params(learning_rate=halve_every_epoch)
+    with pytest.warns(ConvergenceWarning):
+        model.fit(X, y).fit(X, y)
+    rates = [row["learning_rate"] for row in model.history_[-4:]]
+    assert rates == pytest.approx([2e-3, 1e-3, 5e-4, 2.5e-4])
+
+
+def halve_every_epoch(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def test__partial_fit__takes_class_weights_for_classes_that_a_batch_lacks(digits):
+    X, y = digits
+    model = quick("mlp", class_weight={0: 2.0, 9: 3.0})
+    model.partial_fit(X[y < 5], y[y < 5], classes=np.arange(10))
+    model.partial_fit(X[y > 7], y[y > 7], sample_weight=(y[y > 7] == 9).astype(float))
+    assert model.n_iter_ == 2
+
+
 def test__rows_seen__are_counted_over_partial_fits(digits):
     X, y = digits
     model = quick("mlp").partial_fit(X[:100], y[:100], classes=np.arange(10))
@@ -492,9 +543,20 @@ def test__quiet_stop_of_a_callback__ends_the_training(digits):
     X, y = digits
     stop = EarlyStopping(monitor="train_loss", patience=1, threshold=1e9, sink=lambda text: None)
     model = quick("mlp", max_iter=50, skorch_callbacks=[stop]).fit(X, y)
-    assert model.n_iter_ < 10
+    assert model.n_iter_ == len(model.loss_curve_) == 2
     assert model.skorch_callbacks_[0] is not stop
     assert model.skorch_callbacks_[0].misses_ > stop.misses_ == 0
+
+
+def test__quiet_stop_before_the_first_epoch_is_over__is_an_error(digits):
+    X, y = digits
+
+    class StopAtOnce(Callback):
+        def on_batch_end(self, net, **kwargs):
+            raise KeyboardInterrupt
+
+    with pytest.raises(ValueError, match="before its first epoch was over"):
+        quick("mlp", skorch_callbacks=[StopAtOnce()]).fit(X, y)
 
 
 # -- callbacks -------------------------------------------------------------------------------------
@@ -583,11 +645,7 @@ def test__callback_of_scikit_learn__sees_a_fitted_estimator_and_may_stop(name, d
     X, y = digits
     callback = CountEpochs()
     model = quick(name, max_iter=20).set_callbacks(callback)
-    if name == "softmax-lbfgs":
-        with pytest.warns(ConvergenceWarning):
-            model.fit(X, y)
-    else:
-        model.fit(X, y)
+    model.fit(X, y)
     assert model.n_iter_ == len(callback.scores) == 3
     assert callback.scores[-1] == model.score(X, y)
 
@@ -702,10 +760,8 @@ def test__parameters_across__are_checked_when_fit_opens(digits):
     X, y = digits
     with pytest.raises(ValueError, match="label_smoothing"):
         quick("mlp", loss="squared_error", label_smoothing=0.1).fit(X, y)
-    with pytest.raises(ValueError, match="no CUDA device"):
-        if torch.cuda.is_available():
-            raise ValueError("no CUDA device to miss")
-        quick("mlp", device="cuda").fit(X, y)
+    with pytest.raises(ValueError, match="another loss at every evaluation"):
+        quick("mlp-dropout", solver="lbfgs").fit(X, y)
     with pytest.raises(ValueError, match="is not a torch device"):
         quick("mlp", device="gpu").fit(X, y)
 
@@ -716,3 +772,15 @@ def test__label_smoothing__is_not_in_the_validation_loss(digits):
     expected = log_loss(y, model.predict_proba(X))
     assert model.history_[-1]["valid_loss"] == pytest.approx(expected, rel=1e-5)
     assert model.history_[-1]["train_loss"] > expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test__cuda_asked_for_without_any__error_names_the_remedy(digits):
+    X, y = digits
+    with pytest.raises(ValueError, match="finds no CUDA device; give device='auto'"):
+        quick("mlp", device="cuda").fit(X, y)
+    model = quick("mlp").partial_fit(X, y, classes=np.arange(10))
+    model.device_ = "cuda:1"  # as if it had been trained there
+    model = pickle.loads(pickle.dumps(model))
+    assert model.device_ == "cpu"
+    assert model.partial_fit(X, y).n_iter_ == 2
