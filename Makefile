@@ -15,8 +15,9 @@ endif
 demo: $(VENV)/.installed
 	$(BIN)/python -m skcifar compare
 
+# One thread a process: processes that share cores wait for each other's threads otherwise.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
