@@ -15,9 +15,10 @@ endif
 demo: $(VENV)/.installed
 	$(BIN)/python -m skcifar compare
 
+# SCIPY_ARRAY_API lets scikit-learn's check of array namespaces run.
 # One thread a process: processes that share cores wait for each other's threads otherwise.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+	SCIPY_ARRAY_API=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

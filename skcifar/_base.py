@@ -232,6 +232,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         parameters = {
             f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)
         }
+        parameters["max_iter"] = self._resolve_max_iter()
         parameters["learning_rate_init"] = self._resolve_learning_rate(module)
         parameters["alpha"] = self._resolve_alpha(samples)
         parameters["alpha_over_data"] = self._alpha_over_data
@@ -239,6 +240,9 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         if incremental:
             parameters.update(max_iter=1, learning_rate="constant")
         return Recipe(**parameters)
+
+    def _resolve_max_iter(self) -> int:
+        return self.max_iter
 
     def _resolve_learning_rate(self, module: nn.Module) -> float:
         return self.learning_rate_init

@@ -100,7 +100,7 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
             When the input or the parameters do not fit together, or when training diverges: its
             loss is no longer finite. The message names what to do.
         """
-        context = self._init_callback_context(max_subtasks=self.max_iter)
+        context = self._init_callback_context(max_subtasks=self._resolve_max_iter())
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
         going_on = self.warm_start and hasattr(self, "module_")
         job, attributes = self._prepare(

@@ -95,7 +95,7 @@ batch_size : int, "auto" or "full", default={batch_size}
     learning_rate_warmup : float, default={learning_rate_warmup}
         Share of the steps in which "one_cycle" and "cosine" rise.
     max_iter : int, default={max_iter}
-        Epochs, at most; iterations of solver="lbfgs".
+        Epochs, at most; iterations of solver="lbfgs".{auto_max_iter}
     shuffle : bool, default=True
         Whether to draw a new order of the rows for every epoch.
     random_state : int, RandomState instance or None, default=None
@@ -214,7 +214,7 @@ def document_parameters(**defaults: str) -> Callable[[_Class], _Class]:
 
     def fill(cls: _Class) -> _Class:
         assert cls.__doc__ is not None
-        fields = {"auto_learning_rate": "", "max_fun": "", **defaults}
+        fields = {"auto_learning_rate": "", "auto_max_iter": "", "max_fun": "", **defaults}
         if "max_fun" in inspect.signature(cls).parameters:
             fields["max_fun"] = _MAX_FUN
         parameters = _PARAMETERS.format(**fields).rstrip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from skcifar._training import Samples
     learning_rate_init="1e-3",
     learning_rate_decay="0.95",
     learning_rate_warmup="0.2",
-    max_iter="1000",
+    max_iter='"auto"',
+    auto_max_iter=' "auto" is 1000 iterations, and 20 epochs of the others.',
     label_smoothing="0.0",
     image_shape="Of use here only for statistics per channel.",
     precision='"auto" is float64 for float64 rows on the CPU, else float32.',
@@ -75,6 +76,7 @@ class SoftmaxRegression(TorchClassifier):
     _parameter_constraints: dict = {
         **TorchClassifier._parameter_constraints,
         "alpha": [StrOptions({"auto"}), Interval(Real, 0, None, closed="left")],
+        "max_iter": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
     }
     _alpha_over_data = True
 
@@ -92,7 +94,7 @@ class SoftmaxRegression(TorchClassifier):
         learning_rate_step=10,
         learning_rate_end=0.0,
         learning_rate_warmup=0.2,
-        max_iter=1000,
+        max_iter="auto",
         shuffle=True,
         random_state=None,
         tol=1e-4,
@@ -164,6 +166,11 @@ class SoftmaxRegression(TorchClassifier):
     ) -> tuple[type, dict[str, Any]]:
         n_features = image_shape[0] * image_shape[1] * image_shape[2]
         return MultilayerPerceptron, {"n_features": n_features, "n_outputs": n_outputs}
+
+    def _resolve_max_iter(self) -> int:
+        if self.max_iter != "auto":
+            return self.max_iter
+        return 1000 if self.solver == "lbfgs" else 20
 
     def _resolve_alpha(self, samples: Samples) -> float:
         # The largest penalty with which MNIST and CIFAR-10 both do well (of 0.0002 to 0.02).

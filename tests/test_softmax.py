@@ -65,6 +65,12 @@ def test__alpha_auto__is_a_share_of_the_weight():
     np.testing.assert_array_equal(automatic.coef_, explicit.coef_)
 
 
+def test__max_iter_auto__is_long_for_lbfgs_and_short_for_the_others():
+    X, y = load_digits(return_X_y=True)
+    assert SoftmaxRegression(solver="adam").fit(X, y).n_iter_ == 20
+    assert 20 < SoftmaxRegression(tol=1e-6).fit(X, y).n_iter_ < 1000
+
+
 def test__weight_decay__is_a_penalty_whatever_the_number_of_rows():
     X, y = load_digits(return_X_y=True)
     decayed = SoftmaxRegression(alpha=0.0, weight_decay=0.01, tol=1e-7).fit(X, y)
