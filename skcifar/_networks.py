@@ -226,9 +226,9 @@ class ConvolutionalNetwork(nn.Module):
         widths = [height * width * n_in, *hidden_layer_sizes]
         dense: list[nn.Module] = []
         for (n_before, n_after), name in zip(pairwise(widths), activations[i:], strict=True):
-            dense += [Dropout(dropout), nn.Linear(n_before, n_after), ACTIVATIONS[name]()]
+            dense += [Dropout(dropout), Linear(n_before, n_after), ACTIVATIONS[name]()]
         self.dense = nn.Sequential(*dense, Dropout(dropout))
-        self.head = nn.Linear(widths[-1], n_outputs)
+        self.head = Linear(widths[-1], n_outputs)
         self.output_scale = _OUTPUT_SCALE if batch_norm else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,9 +288,9 @@ class LeNet5(nn.Module):
         )
         n_pixels = ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
         self.dense = nn.Sequential(
-            nn.Linear(16 * n_pixels, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()
+            Linear(16 * n_pixels, 120), nn.ReLU(), Linear(120, 84), nn.ReLU()
         )
-        self.head = nn.Linear(84, n_outputs)
+        self.head = Linear(84, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dense(self.features(x)))

@@ -327,7 +327,8 @@ class _Net(NeuralNetClassifier):
         self._set_training(training)
         # Tensors that stay on the device until the epoch is over: what can be done once an epoch
         # is not done in each step.
-        figures = _Figures()
+        n_rows = len(iterator.samples)
+        figures = _Figures(n_rows, len(iterator), self.job.reader.device)
         for rows, targets, weight, batch_weight in iterator:
             batch = (rows, targets)
             if self.notifies_batches:
@@ -437,39 +438,39 @@ class _Net(NeuralNetClassifier):
 
 
 class _Figures:
-    """Loss and accuracy of an epoch, from what its steps left."""
+    """Loss and accuracy of an epoch, from what its steps leave.
 
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-        self.penalties: list[tuple[float, Tensor]] = []
-        self.logits: list[Tensor] = []
-        self.targets: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        self.weight_sums: list[float] = []
+    They are written into arrays made beforehand: a small tensor kept from each step would lie
+    between the large ones, whose memory the next step could then not take up again (with lists in
+    their place CIFAR-10 took 200 MB more).
+    """
+
+    def __init__(self, n_rows: int, n_steps: int, device: torch.device) -> None:
+        self.right = torch.zeros(n_rows, dtype=torch.bool, device=device)
+        self.weights = torch.ones(n_rows, dtype=torch.float64, device=device)
+        self.losses = torch.zeros(n_steps, dtype=torch.float64, device=device)
+        self.norms = torch.zeros(n_steps, dtype=torch.float64, device=device)
+        self.factors = [0.0] * n_steps
+        self.weight_sums = [0.0] * n_steps
+        self.step = self.row = 0
 
     def add(self, step: dict, targets: Tensor, weight: Tensor | None, weight_sum: float) -> None:
-        self.losses.append(step["loss"])
-        if "penalty" in step:
-            self.penalties.append(step["penalty"])
-        self.logits.append(step["y_pred"])
-        self.targets.append(targets)
+        rows = slice(self.row, self.row + len(targets))
+        torch.eq(predicted_classes(step["y_pred"]), targets, out=self.right[rows])
         if weight is not None:
-            self.weights.append(weight)
-        self.weight_sums.append(weight_sum)
+            self.weights[rows] = weight
+        self.losses[self.step] = step["loss"]
+        if "penalty" in step:
+            self.factors[self.step], self.norms[self.step] = step["penalty"]
+        self.weight_sums[self.step] = weight_sum
+        self.step, self.row = self.step + 1, rows.stop
 
     def read(self) -> tuple[float, float]:
         """The epoch's weighted means; the only time the host waits for the device."""
-        losses = torch.stack(self.losses).double()
-        shares = torch.tensor(self.weight_sums, dtype=torch.float64, device=losses.device)
-        if self.penalties:
-            factors, norms = zip(*self.penalties, strict=True)
-            penalties = torch.stack(norms).double()
-            losses = losses + penalties * penalties.new_tensor(factors)
-        right = (predicted_classes(torch.cat(self.logits)) == torch.cat(self.targets)).double()
-        if self.weights:
-            right = right * torch.cat(self.weights)
-        figures = torch.stack([losses @ shares, right.sum()]) / shares.sum()
-        loss, accuracy = figures.tolist()
+        losses = self.losses + self.norms * self.norms.new_tensor(self.factors)
+        shares = losses.new_tensor(self.weight_sums)
+        right = self.weights @ self.right.double()
+        loss, accuracy = (torch.stack([losses @ shares, right]) / shares.sum()).tolist()
         return loss, accuracy
 
 
