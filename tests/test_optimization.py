@@ -1,0 +1,139 @@
+"""Losses, learning rates and clipping, against loops and formulas written out."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from skcifar import MLPClassifier
+from skcifar._optimization import ClassificationLoss, probabilities
+
+TORCH = torch.Generator().manual_seed(0)
+
+
+def slow_loss(logits, targets, weight, smoothing, loss):
+    """Weighted mean in a loop over rows and outputs."""
+    total = 0.0
+    for row, target, w in zip(logits.tolist(), targets.tolist(), weight.tolist(), strict=True):
+        if loss == "squared_error":
+            wanted = (
+                [2.0 * target - 1]
+                if len(row) == 1
+                else [float(k == target) for k in range(len(row))]
+            )
+            total += w * sum((z - t) ** 2 for z, t in zip(row, wanted, strict=True)) / len(row) / 2
+            continue
+        row = [0.0, *row] if len(row) == 1 else row
+        log_sum = math.log(sum(math.exp(z) for z in row))
+        for k, z in enumerate(row):
+            share = (1 - smoothing) * (k == target) + smoothing / len(row)
+            total -= w * share * (z - log_sum)
+    return total / sum(weight.tolist())
+
+
+@pytest.mark.parametrize("n_outputs", [1, 4])
+@pytest.mark.parametrize(
+    ("loss", "smoothing"), [("cross_entropy", 0.0), ("cross_entropy", 0.3), ("squared_error", 0.0)]
+)
+def test__loss__is_that_of_a_loop(n_outputs, loss, smoothing):
+    logits = torch.randn(9, n_outputs, generator=TORCH, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(max(2, n_outputs), (9,), generator=TORCH)
+    weight = torch.rand(9, generator=TORCH, dtype=torch.float64)
+    criterion = ClassificationLoss(loss, smoothing)
+    for given, used in ((weight, weight), (None, torch.ones(9))):
+        expected = slow_loss(logits, targets, used, smoothing, loss)
+        assert criterion(logits, targets, given).item() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda z: criterion(z, targets, weight), (logits,))
+    plain = slow_loss(logits, targets, weight, 0.0, loss)
+    assert criterion.eval()(logits, targets, weight).item() == pytest.approx(plain, rel=1e-12)
+
+
+def test__probabilities__sum_to_one_in_float64():
+    for n_outputs in (1, 3):
+        found = probabilities(torch.randn(5, n_outputs, generator=TORCH))
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.sum(1), 1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    return X[:100].astype(np.uint8), y[:100]
+
+
+def rates(digits, **parameters):
+    """Learning rate at the end of each epoch of one step."""
+    X, y = digits
+    model = MLPClassifier(
+        (4,), batch_size="full", learning_rate_init=0.1, tol=0.0, random_state=0, **parameters
+    )
+    return [row["learning_rate"] for row in model.fit(X, y).history_]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test__schedules__follow_their_formulas(digits):
+    assert rates(digits, learning_rate="constant", max_iter=3) == [0.1] * 3
+    decayed = rates(digits, learning_rate="exponential", learning_rate_decay=0.5, max_iter=4)
+    assert decayed == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+    stepped = rates(
+        digits, learning_rate="step", learning_rate_step=2, learning_rate_decay=0.1, max_iter=5
+    )
+    assert stepped == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    seen = 100 * np.arange(3) + 1
+    falling = rates(digits, learning_rate="invscaling", power_t=0.5, max_iter=3)
+    assert falling == pytest.approx([0.1, *(0.1 / seen[1:] ** 0.5)])
+
+
+@pytest.mark.parametrize("end", [0.0, 0.2])
+def test__schedules_of_fixed_length__rise_and_fall_over_all_steps(digits, end):
+    parameters = {"learning_rate_warmup": 0.25, "learning_rate_end": end, "max_iter": 19}
+    share = np.arange(1, 20) / 20
+    left = (1 - share) / 0.75
+    for name, fall in (("one_cycle", left), ("cosine", (1 - np.cos(np.pi * left)) / 2)):
+        expected = np.where(share < 0.25, share / 0.25, end + (1 - end) * fall)
+        np.testing.assert_allclose(rates(digits, learning_rate=name, **parameters), 0.1 * expected)
+    assert rates(digits, **parameters) == rates(digits, learning_rate="one_cycle", **parameters)
+
+
+@pytest.mark.parametrize("clip", [{"clip_grad_norm": 1e-3}, {"clip_grad_value": 1e-5}])
+def test__clipping__bounds_a_step_of_plain_descent(digits, clip):
+    X, y = digits
+    model = MLPClassifier(
+        (4,),
+        solver="sgd",
+        momentum=0.0,
+        alpha=1.0,
+        learning_rate_init=1.0,
+        batch_size="full",
+        precision="float64",
+        random_state=0,
+        **clip,
+    )
+    before = model._prepare(X, y, None, going_on=False)[0].module
+    model.partial_fit(X, y, classes=np.arange(10))
+    moved = torch.cat(
+        [
+            (new - old).detach().flatten()
+            for new, old in zip(model.module_.parameters(), before.parameters(), strict=True)
+        ]
+    )
+    if "clip_grad_norm" in clip:
+        assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-2)
+    else:
+        assert float(moved.abs().max()) == pytest.approx(1e-5, rel=1e-6)
+
+
+def test__weight_decay_of_adamw__shrinks_weights_beside_the_gradient(digits):
+    X, y = digits
+    settings = {"solver": "adamw", "alpha": 0.0, "batch_size": "full", "precision": "float64"}
+    models = [
+        MLPClassifier((4,), weight_decay=decay, learning_rate_init=1e-2, random_state=0, **settings)
+        for decay in (0.0, 0.5)
+    ]
+    start = models[0]._prepare(X, y, None, going_on=False)[0].module.head.weight.detach().clone()
+    plain, decayed = (
+        model.partial_fit(X, y, classes=np.arange(10)).module_.head.weight for model in models
+    )
+    torch.testing.assert_close(decayed - plain, -1e-2 * 0.5 * start)
