@@ -298,11 +298,6 @@ class TorchClassifier(ClassifierMixin, TorchEstimator):
                 "early_stopping=True has no meaning for solver='lbfgs', which works on all rows at "
                 "once; use solver='sgd', 'adam' or 'adamw', or early_stopping=False."
             )
-        if self.loss == "squared_error" and self.label_smoothing:
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing!r} applies to loss='cross_entropy' only; "
-                "set it to 0 for loss='squared_error'."
-            )
 
     def _encode(
         self, y: Any, classes: np.ndarray | None, going_on: bool, incremental: bool

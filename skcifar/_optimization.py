@@ -93,9 +93,10 @@ class ClassificationLoss(nn.Module):
         smoothing = self.label_smoothing if self.training else 0.0
         if self.loss == "squared_error":
             if binary:
-                wanted = 2.0 * targets.to(logits.dtype)[:, None] - 1.0
+                wanted = (1 - smoothing) * (2.0 * targets.to(logits.dtype)[:, None] - 1.0)
             else:
-                wanted = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+                one_hot = F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+                wanted = (1 - smoothing) * one_hot + smoothing / logits.shape[1]
             # half the mean over the outputs, as in scikit-learn's MLPRegressor
             losses = (logits - wanted).square().mean(1) / 2
             return losses if reduction == "none" else getattr(losses, reduction)()

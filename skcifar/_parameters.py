@@ -133,7 +133,7 @@ batch_size : int, "auto" or "full", default={batch_size}
         "squared_error" fits one-hot targets, or -1 and 1 of two classes: half the mean over the
         outputs. It gives no probabilities.
     label_smoothing : float, default={label_smoothing}
-        Share of the target that is spread over all classes, in training.
+        Share of the target, of either loss, that is spread over all classes, in training.
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes; "balanced" makes them inversely proportional to their frequency.
     clip_grad_norm : float or None, default=None

@@ -130,9 +130,6 @@ class TrainingResult:
         A row an epoch, without those of earlier fits.
     best_score : float or None
         Best monitored validation score, whose weights were restored, with early stopping.
-    best_loss : float
-        Smallest training loss.
-    converged : bool
     state : dict of tensors and numbers
         Of optimizer, learning rates and generators, with the solver they belong to.
     skorch_callbacks : list
@@ -141,8 +138,6 @@ class TrainingResult:
 
     history: list[dict]
     best_score: float | None
-    best_loss: float
-    converged: bool
     state: dict
     skorch_callbacks: list
 
@@ -605,8 +600,6 @@ class _Conductor(Callback):
         return TrainingResult(
             history=self.history,
             best_score=self.best_score,
-            best_loss=self.best_loss,
-            converged=self.converged,
             state=state,
             skorch_callbacks=[c for _, c in self.net.callbacks_ if c is not self],
         )
@@ -650,8 +643,6 @@ def _train_lbfgs(job: TrainingJob) -> TrainingResult:
     return TrainingResult(
         history=history,
         best_score=None,
-        best_loss=min(row["train_loss"] for row in history),
-        converged=result.converged,
         state={"solver": job.recipe.solver, "generators": job.generators.get_state()},
         skorch_callbacks=[],
     )

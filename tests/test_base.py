@@ -87,7 +87,8 @@ def test__same_values_in_every_form__same_model(name, digits, tmp_path):
         "reversed twice": X[::-1].copy()[::-1],
     }
     for form, values in forms.items():
-        assert_same(quick(name).fit(values, y), expected, X), form
+        outputs = quick(name).fit(values, y).decision_function(X)
+        np.testing.assert_array_equal(outputs, expected.decision_function(X), err_msg=form)
 
 
 @every_classifier
@@ -758,12 +759,22 @@ def test__no_thread_is_left(digits):
 
 def test__parameters_across__are_checked_when_fit_opens(digits):
     X, y = digits
-    with pytest.raises(ValueError, match="label_smoothing"):
-        quick("mlp", loss="squared_error", label_smoothing=0.1).fit(X, y)
+    with pytest.raises(ValueError, match="early_stopping=True has no meaning"):
+        quick("softmax-lbfgs", early_stopping=True).fit(X, y)
     with pytest.raises(ValueError, match="another loss at every evaluation"):
         quick("mlp-dropout", solver="lbfgs").fit(X, y)
     with pytest.raises(ValueError, match="is not a torch device"):
         quick("mlp", device="gpu").fit(X, y)
+
+
+@every_stochastic_classifier
+@pytest.mark.parametrize("n_classes", [2, 10])
+def test__squared_error__trains_by_default_parameters(name, n_classes, digits):
+    X, y = digits
+    model = quick(name, loss="squared_error", learning_rate_init=1e-2).fit(X, y % n_classes)
+    assert model.loss_curve_[-1] < model.loss_curve_[0]
+    assert model.predict(X).shape == y.shape
+    assert not hasattr(model, "predict_proba")
 
 
 def test__label_smoothing__is_not_in_the_validation_loss(digits):

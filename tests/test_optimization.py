@@ -18,11 +18,11 @@ def slow_loss(logits, targets, weight, smoothing, loss):
     total = 0.0
     for row, target, w in zip(logits.tolist(), targets.tolist(), weight.tolist(), strict=True):
         if loss == "squared_error":
-            wanted = (
-                [2.0 * target - 1]
-                if len(row) == 1
-                else [float(k == target) for k in range(len(row))]
-            )
+            if len(row) == 1:
+                wanted = [(1 - smoothing) * (2.0 * target - 1)]
+            else:
+                share = smoothing / len(row)
+                wanted = [(1 - smoothing) * (k == target) + share for k in range(len(row))]
             total += w * sum((z - t) ** 2 for z, t in zip(row, wanted, strict=True)) / len(row) / 2
             continue
         row = [0.0, *row] if len(row) == 1 else row
@@ -35,7 +35,8 @@ def slow_loss(logits, targets, weight, smoothing, loss):
 
 @pytest.mark.parametrize("n_outputs", [1, 4])
 @pytest.mark.parametrize(
-    ("loss", "smoothing"), [("cross_entropy", 0.0), ("cross_entropy", 0.3), ("squared_error", 0.0)]
+    ("loss", "smoothing"),
+    [(loss, smoothing) for loss in ("cross_entropy", "squared_error") for smoothing in (0.0, 0.3)],
 )
 def test__loss__is_that_of_a_loop(n_outputs, loss, smoothing):
     logits = torch.randn(9, n_outputs, generator=TORCH, dtype=torch.float64, requires_grad=True)
