@@ -1,16 +1,15 @@
-"""What every estimator does: rows of images in, a network trained on them, pickles."""
+"""What every estimator does: rows of images in, a network run on them, pickles."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any, Self
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import (
     check_consistent_length,
@@ -25,35 +24,24 @@ from skcifar._device import (
     as_tensor,
     device_or_cpu,
     per_feature_values,
-    pixel_statistics,
-    resolve_precision,
     seeded_construction,
     skeleton_construction,
 )
-from skcifar._networks import has_batch_norm
-from skcifar._optimization import Recipe
-from skcifar._parameters import CONSTRAINTS
-from skcifar._training import Samples, TrainingJob
 
 # Rows of one forward pass in prediction; a batch smaller than the least is filled up to it, so
 # that a row's figures do not depend on how few rows came with it (kernels differ below it).
 _PREDICTION_ROWS = 1024
 _LEAST_PREDICTION_ROWS = 32
 
-# Fitted attributes that say how rows are read; decided in the first fit or partial_fit.
-_FORMAT_ATTRIBUTES = ("image_shape_", "dtype_", "mean_", "scale_")
 
+class TorchEstimator(BaseEstimator):
+    """An estimator that holds a torch module.
 
-class TorchEstimator(CallbackSupportMixin, BaseEstimator):
-    """An estimator whose fit is a `TrainingJob`.
-
-    A subclass says which network (`_network`) and, if its rows of pixels are images to it, sets
+    A subclass says which (`_network`) and, if its rows of pixels are images to it, sets
     `_convolutional`.
     """
 
-    _parameter_constraints: dict = CONSTRAINTS
     _convolutional = False
-    _alpha_over_data = False
     # -- rows --------------------------------------------------------------------------------------
 
     def _validate_rows(
@@ -80,10 +68,12 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             y = y.detach().cpu().numpy()
         if on_device:
             return self._validate_tensor(X, y, reset=reset), y, shape
-        if not reset and y is None:
-            X = validate_data(self, X, reset=False)
-        else:
+        if y is not None:
             X, y = validate_data(self, X, y, reset=reset)
+        elif reset:  # an error where labels are needed
+            X = validate_data(self, X, y, reset=True)
+        else:
+            X = validate_data(self, X, reset=False)
         return as_tensor(X), y, shape
 
     def _flatten(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
@@ -119,31 +109,13 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             check_consistent_length(X, y)
         return X.detach()
 
-    def _format(
-        self,
-        rows: Tensor,
-        given_shape: tuple[int, int, int] | None,
-        device: torch.device,
-        going_on: bool,
-    ) -> dict[str, Any]:
-        """Fitted attributes that say how rows are read."""
-        if going_on:
-            return {name: getattr(self, name) for name in _FORMAT_ATTRIBUTES}
-        precision = resolve_precision(
-            self.precision, device, rows.dtype, convolutional=self._convolutional
-        )
-        return {
-            "image_shape_": self._resolve_image_shape(rows, given_shape),
-            "dtype_": precision.name,
-        }
-
     def _resolve_image_shape(
         self, rows: Tensor, given_shape: tuple[int, int, int] | None
     ) -> tuple[int, int, int]:
         """(height, width, channels) of the images, from the parameter or else from X."""
         n_features = rows.shape[1]
         if self.image_shape is None:
-            return given_shape or (1, 1, n_features)
+            return given_shape or self._guess_image_shape(rows)
         shape = tuple(int(size) for size in self.image_shape)
         shape = (*shape, 1) if len(shape) == 2 else shape
         if len(shape) != 3 or math.prod(shape) != n_features:
@@ -159,20 +131,23 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             )
         return shape
 
-    def _statistics(self, samples: Samples, attributes: dict[str, Any]) -> dict[str, Any]:
-        """`mean_` and `scale_` of the rows trained on, in input units; None where not wanted."""
-        normalize = self.normalize
-        if normalize == "auto":
-            rows = samples.rows
-            normalize = not rows.is_floating_point() and (
-                rows.dtype == torch.uint8 or (int(rows.min()) >= 0 and int(rows.max()) <= 255)
+    def _guess_image_shape(self, rows: Tensor) -> tuple[int, int, int]:
+        """Of flat rows: square images to a network of convolutions, where the length allows."""
+        n_features = rows.shape[1]
+        square = _square_image(n_features) if self._convolutional else None
+        if square is None:
+            return 1, 1, n_features
+        sample = rows[:1000]
+        if sample.is_floating_point() and bool((sample != sample.round()).any()):
+            warnings.warn(
+                f"Rows of {n_features} features were taken for images of shape {square} (height, "
+                "width, channels), but their values are not whole as pixels are. Give "
+                f"image_shape={square} if they are images, or image_shape=(1, 1, {n_features}) if "
+                "they are not.",
+                UserWarning,
+                stacklevel=2,
             )
-        if not normalize:
-            return {"mean_": None, "scale_": None}
-        mean, scale = pixel_statistics(
-            samples.rows, attributes["image_shape_"], self.layout, samples.index, samples.weight
-        )
-        return {"mean_": mean, "scale_": scale}
+        return square
 
     def _reader(self, attributes: Mapping[str, Any], device: torch.device) -> BatchReader:
         return BatchReader(
@@ -183,9 +158,14 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             scale=attributes["scale_"],
             device=device,
             dtype=Precision(attributes["dtype_"]).weights,
+            grey_to_rgb=self._repeats_grey(attributes["image_shape_"][2]),
         )
 
-    # -- what is trained, and how ------------------------------------------------------------------
+    def _repeats_grey(self, n_channels: int) -> bool:
+        """Whether the network reads images of so many channels with three of them."""
+        return False
+
+    # -- the network -------------------------------------------------------------------------------
 
     def _network(
         self, image_shape: tuple[int, int, int], n_outputs: int
@@ -195,18 +175,6 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
 
     def _initialize(self, module: nn.Module) -> None:
         """Draw initial weights other than the module's own."""
-
-    def _augmentation(
-        self, image_shape: tuple[int, int, int]
-    ) -> Callable[[Tensor, torch.Generator], Tensor] | None:
-        """What is done to images (n, height, width, channels) in training only."""
-        return None
-
-    def _seeds(self) -> dict[str, int]:
-        """Independent seeds of the initial weights, the training's streams and the split."""
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
-        states = np.random.SeedSequence(seed).generate_state(3)
-        return dict(zip(("weights", "streams", "split"), map(int, states), strict=True))
 
     def _module(
         self, attributes: dict[str, Any], n_outputs: int, seed: int, device: torch.device
@@ -228,80 +196,54 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
         view.__dict__.update(vars(self) | attributes, module_=module)
         return view
 
-    def _recipe(self, module: nn.Module, samples: Samples, incremental: bool) -> Recipe:
-        parameters = {
-            f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)
-        }
-        parameters["max_iter"] = self._resolve_max_iter()
-        parameters["learning_rate_init"] = self._resolve_learning_rate(module)
-        parameters["alpha"] = self._resolve_alpha(samples)
-        parameters["alpha_over_data"] = self._alpha_over_data
-        parameters["batch_size"] = self._resolve_batch_size(len(samples))
-        if incremental:
-            parameters.update(max_iter=1, learning_rate="constant")
-        return Recipe(**parameters)
-
-    def _resolve_max_iter(self) -> int:
-        return self.max_iter
-
-    def _resolve_learning_rate(self, module: nn.Module) -> float:
-        return self.learning_rate_init
-
-    def _resolve_alpha(self, samples: Samples) -> float:
-        return self.alpha
-
-    def _resolve_batch_size(self, n_samples: int) -> int:
-        if self.batch_size == "full":
-            return n_samples
-        if self.batch_size == "auto":  # some 50 steps an epoch for small data, 200 for CIFAR-10
-            return min(n_samples, max(64, min(256, n_samples // 50)))
-        return min(self.batch_size, n_samples)
-
-    def _check_batches(self, job: TrainingJob) -> None:
-        n_batches = -(-len(job.train) // job.recipe.batch_size)
-        if len(job.train) // n_batches == 1 and has_batch_norm(job.module):
-            raise ValueError(
-                f"BatchNorm cannot train on batches of one: batch_size={self.batch_size!r} with "
-                f"n_samples = {len(job.train)}. Raise batch_size, or use a network without it."
-            )
-
-    def _report_epochs(
-        self, context: Any, job: TrainingJob, attributes: dict[str, Any], X: Any, y: Any
-    ) -> None:
-        """Let scikit-learn's callbacks follow the epochs."""
-        current: list[Any] = []
-        view = self._view(attributes, job.module)
-
-        def begin() -> None:
-            current[:] = [context.subcontext(task_name="epoch")]
-            current[0].call_on_fit_task_begin(estimator=self, X=X, y=y)
-
-        def end(row: dict) -> bool:
-            return current[0].call_on_fit_task_end(
-                estimator=self,
-                X=X,
-                y=y,
-                metadata=row,
-                reconstruction_attributes=lambda: vars(view),
-            )
-
-        job.on_epoch_begin, job.on_epoch_end = begin, end
+    def _seeds(self) -> dict[str, int]:
+        """Independent seeds of the initial weights, the training's streams and the split."""
+        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        states = np.random.SeedSequence(seed).generate_state(4)
+        names = ("weights", "streams", "split", "encoder")
+        return dict(zip(names, map(int, states), strict=True))
 
     # -- the fitted network ------------------------------------------------------------------------
 
-    def _outputs(self, X: Any) -> np.ndarray:
-        """Outputs of the network in float64, (n_samples, n_outputs)."""
+    def _outputs(self, X: Any, dtype: torch.dtype = torch.float64) -> np.ndarray:
+        """Outputs of the network, (n_samples, n_outputs)."""
         check_is_fitted(self)
         rows, _, _ = self._validate_rows(X, reset=False)
+        return self._outputs_of(rows, dtype)
+
+    def _outputs_of(
+        self, rows: Tensor, dtype: torch.dtype, report: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Outputs for rows that are validated; batches are halved where memory does not suffice."""
         device = weights_device(self.module_)
         reader = self._reader(vars(self), device)
         precision = Precision(self.dtype_)
-        outputs = []
+        size, least = self._rows_of_a_forward_pass()
+        outputs: Tensor | None = None
+        done = 0
         with torch.inference_mode(), precision.autocast(device):
-            for batch in rows.split(_PREDICTION_ROWS):
-                images = reader(_filled_up(batch, _LEAST_PREDICTION_ROWS))
-                outputs.append(self._forward(images)[: len(batch)].double().cpu())
-        return torch.cat(outputs).numpy()
+            while done < len(rows):
+                batch = rows[done : done + size]
+                try:
+                    part = self._forward(reader(_filled_up(batch, least)))[: len(batch)]
+                except (RuntimeError, MemoryError) as error:
+                    if size == 1 or not _is_out_of_memory(error):
+                        raise
+                    size = size // 2
+                    least = min(least, size)
+                    continue
+                if outputs is None:
+                    outputs = torch.empty(len(rows), *part.shape[1:], dtype=dtype)
+                outputs[done : done + len(batch)] = part
+                done += len(batch)
+                if report is not None:
+                    report(len(batch))
+        assert outputs is not None
+        return outputs.numpy()
+
+    def _rows_of_a_forward_pass(self) -> tuple[int, int]:
+        """The most and the least."""
+        return _PREDICTION_ROWS, _LEAST_PREDICTION_ROWS
 
     def _forward(self, batch: Tensor) -> Tensor:
         return self.module_(batch)
@@ -335,7 +277,7 @@ class TorchEstimator(CallbackSupportMixin, BaseEstimator):
             factory, arguments = state["_architecture"]
             device = device_or_cpu(state["device_"])
             state["device_"] = str(device)
-            with skeleton_construction(factory):
+            with skeleton_construction(factory, arguments):
                 module = factory(**arguments)
             weights = _to_tensors(state["module_"])
             module.load_state_dict(weights, assign=True)
@@ -356,27 +298,23 @@ def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
     return [int(width) for width in widths]
 
 
-def samples_of(
-    rows: Tensor,
-    codes: np.ndarray,
-    weight: np.ndarray | None,
-    index: np.ndarray | None,
-    device: torch.device,
-    dtype: str,
-) -> Samples:
-    def moved(array: np.ndarray | None, to: torch.dtype) -> Tensor | None:
-        return None if array is None else torch.as_tensor(array, dtype=to, device=device)
-
-    return Samples(
-        rows.to(device),
-        torch.as_tensor(codes, dtype=torch.int64, device=device),
-        moved(weight, Precision(dtype).weights),
-        moved(index, torch.int64),
-    )
-
-
 def weights_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on the CPU
+
+
+def _square_image(n_features: int) -> tuple[int, int, int] | None:
+    """Shape of the grey or colour image of 8 x 8 pixels or more that has so many features."""
+    for channels in (1, 3):
+        side = math.isqrt(n_features // channels)
+        if side >= 8 and side * side * channels == n_features:
+            return side, side, channels
+    return None
 
 
 def _filled_up(batch: Tensor, least: int) -> Tensor:

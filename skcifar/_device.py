@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -99,21 +99,21 @@ def resolve_precision(
 class Generators:
     """Independent streams of one fit, so that no setting of one shifts the draws of another.
 
-    The order of the rows is drawn on the CPU, where it is the same for every device; masks and
-    augmentation are drawn where they are used.
+    The order of the rows is drawn on the CPU, where it is the same for every device; masks,
+    augmentation and triplets are drawn where they are used.
     """
 
     order: torch.Generator
     dropout: torch.Generator
     augmentation: torch.Generator
+    mining: torch.Generator
 
     @classmethod
     def from_seed(cls, seed: int, device: torch.device) -> Generators:
-        order, dropout, augmentation = np.random.SeedSequence(seed).generate_state(3)
+        order, *others = map(int, np.random.SeedSequence(seed).generate_state(4))
         return cls(
-            torch.Generator().manual_seed(int(order)),
-            torch.Generator(device).manual_seed(int(dropout)),
-            torch.Generator(device).manual_seed(int(augmentation)),
+            torch.Generator().manual_seed(order),
+            *(torch.Generator(device).manual_seed(other) for other in others),
         )
 
     def get_state(self) -> dict[str, Tensor]:
@@ -139,12 +139,16 @@ def seeded_construction(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def skeleton_construction(factory: Callable[..., Any]) -> Iterator[None]:
+def skeleton_construction(
+    factory: Callable[..., Any], arguments: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Build a module whose weights are to be replaced: without memory or draws where possible.
 
-    What a caller's own factory does on the meta device is not known, so it runs as it is.
+    What a caller's own factory, if only among the arguments, does on the meta device is not
+    known, so it runs as it is.
     """
-    if factory.__module__ == "skcifar._networks":
+    factories = [factory, *filter(callable, (arguments or {}).values())]
+    if all(made_by.__module__.startswith("skcifar._") for made_by in factories):
         with torch.device("meta"):
             yield
     else:
@@ -263,6 +267,8 @@ class BatchReader:
     mean, scale : float64 arrays of shape (n_channels,) or None
         Subtracted and divided by; None leaves the values as they are.
     device, dtype : where the batch goes and the floating-point type it gets
+    grey_to_rgb : bool
+        Give the one channel of the images three times, before it is normalised.
     """
 
     image_shape: tuple[int, int, int]
@@ -272,6 +278,7 @@ class BatchReader:
     scale: np.ndarray | None
     device: torch.device
     dtype: torch.dtype
+    grey_to_rgb: bool = False
 
     def __post_init__(self) -> None:
         shift = factor = None
@@ -285,7 +292,9 @@ class BatchReader:
     def _per_feature(self, values: np.ndarray, layout: str) -> Tensor:
         # A channel's value is repeated for each of its pixels: subtracting a vector as long as
         # the row is one pass at memory speed, broadcasting over 3 channels is several times that.
-        per_feature = per_feature_values(values, self.image_shape, layout)
+        height, width, channels = self.image_shape
+        shape = (height, width, 3 if self.grey_to_rgb else channels)
+        per_feature = per_feature_values(values, shape, layout)
         return torch.tensor(per_feature, dtype=self.dtype, device=self.device)
 
     def feature_statistics(self) -> tuple[Tensor, Tensor] | None:
@@ -305,6 +314,9 @@ class BatchReader:
             if self.layout == "CHW":
                 batch = batch.reshape(-1, channels, height, width).permute(0, 2, 3, 1)
             batch = batch.reshape(-1, height, width, channels)
+            if self.grey_to_rgb:
+                channels = 3
+                batch = batch.expand(-1, -1, -1, channels)
             if augment is not None:  # on the rows' own dtype: pixels move a quarter of the bytes
                 batch = augment(batch)
             batch = batch.reshape(len(rows), -1)

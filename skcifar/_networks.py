@@ -1,12 +1,18 @@
-"""Networks: plain torch modules with explicit arguments, each split into features and head."""
+"""Networks: plain torch modules with explicit arguments, each split into features and head.
+
+And what stands around one: `Encoder` makes images into flat rows by any network, up to any layer of
+it, and `FineTunedNetwork` puts a head on an encoder of which all, nothing or named parts learn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -20,17 +26,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Dropout whose masks come from a generator of its own rather than torch's global one.
 
     The generator is handed over before training with `use_generator`; outside training the
     module does nothing.
     """
 
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.generator: torch.Generator | None = None
+    generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -38,24 +41,29 @@ class Dropout(nn.Module):
         keep = torch.empty_like(x).bernoulli_(1 - self.p, generator=self.generator)
         return x * keep.div_(1 - self.p)
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
 
 def use_generator(module: nn.Module, generator: torch.Generator) -> None:
-    """Let every dropout in `module` draw from `generator`; torch's own layers are replaced."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Dropout:
-                child = Dropout(child.p)
-                setattr(parent, name, child)
-            if isinstance(child, Dropout):
-                child.generator = generator
+    """Let every dropout in `module` draw from `generator`; torch's own layers become ours."""
+    for layer in module.modules():
+        if type(layer) is nn.Dropout:
+            layer.__class__ = Dropout  # in its place, with its mode and its hooks
+        if isinstance(layer, Dropout):
+            layer.generator = generator
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether a row's output in training depends on the other rows of its batch."""
-    return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
+    """Whether a row's output in training depends on the other rows of its batch.
+
+    Layers which a `FineTunedNetwork` keeps in evaluation mode do not count.
+    """
+    resting: set[nn.Module] = set()
+    for child in module.modules():
+        if isinstance(child, FineTunedNetwork):
+            resting.update(child.resting_modules())
+    return any(
+        isinstance(child, nn.modules.batchnorm._BatchNorm) and child not in resting
+        for child in module.modules()
+    )
 
 
 class Linear(nn.Linear):
@@ -266,130 +274,213 @@ def per_layer(value: object, n_layers: int, name: str) -> list:
     return list(value)
 
 
-class LeNet5(nn.Module):
-    """LeCun et al. (1998), with the ReLU and max pooling of today's use.
+class Encoder(nn.Module):
+    """A network with what comes before and after it: images in, flat rows out.
 
-    The first convolution is padded, so that 28x28 images fit as the paper's padded 32x32 do.
+    Parameters
+    ----------
+    factory : callable
+        Makes the network from `arguments`.
+    arguments : dict
+        Keyword arguments of `factory`.
+    image_size : int, optional
+        Pixels a side to which images are resized, with antialiasing; None leaves them.
+    interpolation : {"bilinear", "bicubic"}
+    layer : str, optional
+        Dotted name of the network's part whose first output is taken. What lies behind it is not
+        computed. None takes the network's own output.
+    unit_norm : bool
+        Whether rows are divided by their Euclidean length, in float32 at least.
     """
-
-    smallest_image = 12
-
-    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
-        super().__init__()
-        height, width, channels = image_shape
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, 6, 5, padding=2),
-            nn.MaxPool2d(2),
-            nn.ReLU(),
-            nn.Conv2d(6, 16, 5),
-            nn.MaxPool2d(2),
-            nn.ReLU(),
-            nn.Flatten(),
-        )
-        n_pixels = ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
-        self.dense = nn.Sequential(
-            Linear(16 * n_pixels, 120), nn.ReLU(), Linear(120, 84), nn.ReLU()
-        )
-        self.head = Linear(84, n_outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dense(self.features(x)))
-
-
-class VGG(nn.Module):
-    """Simonyan and Zisserman (2015) with BatchNorm, average pooling and one dense layer."""
-
-    smallest_image = 32
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
-        n_outputs: int,
-        stages: Sequence[Sequence[int]],
+        factory: Callable[..., nn.Module],
+        arguments: dict[str, Any],
+        *,
+        image_size: int | None = None,
+        interpolation: str = "bilinear",
+        layer: str | None = None,
+        unit_norm: bool = False,
     ) -> None:
         super().__init__()
-        n_in = image_shape[2]
-        layers: list[nn.Module] = []
-        for stage in stages:
-            for position, n_out in enumerate(stage):
-                layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out)]
-                if position == len(stage) - 1:
-                    layers.append(nn.MaxPool2d(2))
-                layers.append(nn.ReLU(inplace=True))
-                n_in = n_out
-        self.features = nn.Sequential(*layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(n_in, n_outputs)
+        self.network = factory(**arguments)
+        self.image_size = image_size
+        self.interpolation = interpolation
+        self.layer = layer
+        self.unit_norm = unit_norm
+        if layer is not None:
+            _named_module(self.network, layer).register_forward_hook(_leave)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.avgpool(self.features(x)).flatten(1))
+        # (n_samples, n_channels, height, width) -> (n_samples, n_outputs)
+        if self.image_size is not None:
+            x = _resize(x, self.image_size, self.interpolation)
+        rows = self._output(x)
+        if not isinstance(rows, Tensor):
+            raise TypeError(
+                f"{self._taken()} is a {type(rows).__name__}, not a tensor; name a layer whose "
+                "output is one tensor."
+            )
+        rows = rows.flatten(1)
+        if self.unit_norm:
+            wide = rows if rows.dtype == torch.float64 else rows.float()
+            rows = F.normalize(wide, dim=1)
+        return rows
 
-
-class VGG11(VGG):
-    """Eight convolutions in five stages."""
-
-    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
-        super().__init__(image_shape, n_outputs, [[64], [128], [256] * 2, [512] * 2, [512] * 2])
-
-
-class VGG16(VGG):
-    """Thirteen convolutions in five stages."""
-
-    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
-        super().__init__(
-            image_shape, n_outputs, [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
+    def _output(self, x: Tensor) -> Any:
+        if self.layer is None:
+            return self.network(x)
+        awaited = _awaited.set(self.network.get_submodule(self.layer))
+        try:
+            self.network(x)
+        except _ReachedError as reached:
+            return reached.output
+        finally:
+            _awaited.reset(awaited)
+        raise RuntimeError(
+            f"layer={self.layer!r} took no part in the forward pass of "
+            f"{type(self.network).__name__}, so it has no output; name one that does."
         )
 
+    def _taken(self) -> str:
+        network = f"the output of {type(self.network).__name__}"
+        return network if self.layer is None else f"{network}'s layer={self.layer!r}"
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; named as torchvision's, whose weights then load."""
+    def extra_repr(self) -> str:
+        names = ("image_size", "interpolation", "layer", "unit_norm")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+
+# The layer whose output the encoder that runs in this thread waits for. The hook on a layer is for
+# good, since adding and removing it would trip other threads in the same module; without an
+# encoder it does nothing. It is a function without state, so copies and pickles of a module carry
+# it.
+_awaited: ContextVar[nn.Module | None] = ContextVar("awaited", default=None)
+
+
+class _ReachedError(Exception):
+    """Leave a forward pass with the output of the layer awaited."""
+
+    def __init__(self, output: Any) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(n_out)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or n_in != n_out:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out)
+        self.output = output
+
+
+def _leave(layer: nn.Module, inputs: Any, output: Any) -> None:
+    if _awaited.get() is layer:
+        raise _ReachedError(output)
+
+
+def _named_module(network: nn.Module, name: str) -> nn.Module:
+    parts = dict(network.named_modules())
+    if name and name in parts:
+        return parts[name]
+    parent = name.rpartition(".")[0]
+    while parent not in parts:  # up to "", the network itself
+        parent = parent.rpartition(".")[0]
+    raise ValueError(
+        f"layer={name!r} is no part of {type(network).__name__}. The parts of "
+        f"{repr(parent) if parent else 'the network'} are {_listed(parts[parent], parent)}; parts "
+        "of parts are named with dots, such as 'layer4.1'."
+    )
+
+
+def _listed(module: nn.Module, prefix: str = "", at_most: int = 24) -> str:
+    """Names of a module's own parts for a message, those in the middle of many left out."""
+    names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_children()]
+    if len(names) > at_most:
+        names[at_most - 1 : -1] = ["..."]
+    return ", ".join(names) or "none"
+
+
+def _resize(x: Tensor, size: int, interpolation: str) -> Tensor:
+    """Resize as Pillow does, in the memory format of `x` and in float32 at least."""
+    if x.shape[2:] == (size, size):
+        return x
+    # torch's antialiased interpolation on the CPU knows no bfloat16
+    wide = x if x.dtype == torch.float64 else x.float()
+    resized = F.interpolate(
+        wide, size=(size, size), mode=interpolation, antialias=True, align_corners=False
+    )
+    return resized.to(x.dtype)
+
+
+class FineTunedNetwork(nn.Module):
+    """A head on an encoder's rows, and the encoder or parts of it in training with it.
+
+    What does not learn stays in evaluation mode, so that neither the running statistics of
+    BatchNorm move below its frozen weights nor dropout blurs what a frozen encoder says.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Usually an `Encoder`. It may come with any flags; they are set anew.
+    head : nn.Module
+        From the encoder's rows to the outputs.
+    trainable : "all", "head" or sequence of str
+        What learns: every parameter, the head's, or the head's and those whose dotted name in
+        `encoder.network` (in `encoder` where that is no `Encoder`) is one of these prefixes or
+        begins with one and a dot.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Module, trainable: str | Sequence[str] = "all"
+    ) -> None:
+        super().__init__()
+        if isinstance(trainable, str) and trainable not in ("all", "head"):
+            raise ValueError(
+                f"trainable={trainable!r} is neither 'all' nor 'head'; parts of the encoder are "
+                f"given as a list, such as [{trainable!r}]."
             )
+        self.encoder = encoder
+        self.head = head
+        self.trainable = trainable if isinstance(trainable, str) else tuple(trainable)
+        self._set_gradients()
+        self.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(x)) + shortcut)
+        return self.head(self.encoder(x))
+
+    def train(self, mode: bool = True) -> FineTunedNetwork:
+        super().train(mode)
+        for module in self.resting_modules():
+            module.training = False
+        return self
+
+    def resting_modules(self) -> Iterator[nn.Module]:
+        """The modules that are in evaluation mode at all times."""
+        if self.trainable == "all":
+            return
+        named = self._network().named_modules()
+        learning = {module for name, module in named if self._learns(name)}
+        for module in self.encoder.modules():
+            if module not in learning:
+                yield module
+
+    def _network(self) -> nn.Module:
+        return self.encoder.network if isinstance(self.encoder, Encoder) else self.encoder
+
+    def _learns(self, name: str) -> bool:
+        """Whether a part of the network lies within the prefixes."""
+        if isinstance(self.trainable, str):
+            return self.trainable == "all"
+        return any(_lies_within(name, prefix) for prefix in self.trainable)
+
+    def _set_gradients(self) -> None:
+        network = self._network()
+        parameters = dict(network.named_parameters())
+        for prefix in () if isinstance(self.trainable, str) else self.trainable:
+            if not any(_lies_within(name, prefix) for name in parameters):
+                raise ValueError(
+                    f"trainable holds {prefix!r}, but no parameter of {type(network).__name__} "
+                    f"is named so; its parts are {_listed(network)}. Parts of parts are named "
+                    "with dots, such as 'layer4.1'."
+                )
+        self.head.requires_grad_(True)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(self._learns(name))
 
 
-class ResNet18(nn.Module):
-    """He et al. (2016) with the stem for small images: a 3x3 convolution and no pooling."""
-
-    smallest_image = 8
-
-    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(image_shape[2], 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, n_outputs)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.avgpool(x).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.forward_features(x))
-
-
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
-    "lenet5": LeNet5,
-    "vgg11": VGG11,
-    "vgg16": VGG16,
-    "resnet18": ResNet18,
-}
+def _lies_within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")

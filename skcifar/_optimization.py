@@ -41,12 +41,12 @@ class Recipe:
     shuffle: bool
     tol: float
     n_iter_no_change: int
-    loss: str
-    label_smoothing: float
     clip_grad_norm: float | None
     clip_grad_value: float | None
     early_stopping: bool
     max_fun: int = 15_000  # of solver="lbfgs"
+    # parameters whose name has this beginning learn at the rate times this factor
+    rate_factors: tuple[tuple[str, float], ...] = ()
 
     @property
     def has_fixed_length(self) -> bool:
@@ -62,6 +62,8 @@ class ClassificationLoss(nn.Module):
     Labels are smoothed in training mode only. One output is a binary problem: its logit is class
     1's, its squared-error target -1 or 1.
     """
+
+    row_wise = True  # the loss of a row does not depend on the other rows of its batch
 
     def __init__(self, loss: str = "cross_entropy", label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -125,26 +127,36 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Optimizer with two groups: weights, which are penalised, and biases and BatchNorm."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    weights = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    decay = recipe.weight_decay
-    groups = [
-        {"params": weights, "weight_decay": decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """Optimizer with groups for weights, which are penalised, and for biases and BatchNorm.
+
+    The first two learn at the full rate; `recipe.rate_factors` adds two for every factor.
+    """
+    factors = [1.0, *dict.fromkeys(factor for _, factor in recipe.rate_factors if factor != 1.0)]
+    groups: dict[tuple[float, bool], dict[str, Any]] = {
+        (factor, penalised): {
+            "params": [],
+            "lr": recipe.learning_rate_init * factor,
+            "weight_decay": recipe.weight_decay if penalised else 0.0,
+            "rate_factor": factor,
+            "penalised": penalised,
+        }
+        for factor in factors
+        for penalised in (True, False)
+    }
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            named = (factor for start, factor in recipe.rate_factors if name.startswith(start))
+            groups[next(named, 1.0), parameter.ndim > 1]["params"].append(parameter)
     # fused: one pass over parameters, gradients and moments, where torch has one
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    rate = recipe.learning_rate_init
+    fused = next(module.parameters()).device.type in ("cpu", "cuda")
     if recipe.solver == "sgd":
         nesterov = recipe.nesterovs_momentum and recipe.momentum > 0
         return torch.optim.SGD(
-            groups, lr=rate, momentum=recipe.momentum, nesterov=nesterov, fused=fused
+            list(groups.values()), momentum=recipe.momentum, nesterov=nesterov, fused=fused
         )
     optimizer = torch.optim.AdamW if recipe.solver == "adamw" else torch.optim.Adam
     betas = (recipe.beta_1, recipe.beta_2)
-    return optimizer(groups, lr=rate, betas=betas, eps=recipe.epsilon, fused=fused)
+    return optimizer(list(groups.values()), betas=betas, eps=recipe.epsilon, fused=fused)
 
 
 class LearningRates:
@@ -205,7 +217,7 @@ class LearningRates:
 
     def _set(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
 
     def before_step(self) -> None:
         self.step += 1

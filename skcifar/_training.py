@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,6 @@ from skcifar._optimization import (
 # a full batch of CIFAR-10 in float32 would be four times the memory of the images.
 _PIECE_ROWS = 4096
 
-# Rows of a forward pass without gradients. A piece of CIFAR-10 in float32 is 12 MB.
-_EVALUATION_ROWS = 1024
 # -- what a fit is ---------------------------------------------------------------------------------
 
 
@@ -89,6 +88,12 @@ class TrainingJob:
     ----------
     module : torch.nn.Module
         Trained in place, on the reader's device.
+    criterion : torch.nn.Module
+        From outputs, targets, weights (or None) and the sum of weights to a 0-d loss; `row_wise`
+        says whether the rows' losses just add up. A `ClassificationLoss` has accuracies too.
+    sampler : callable or None
+        From targets, batch size, number of batches and a generator to an epoch's batches, as
+        positions in the rows to train on; None takes all rows in turn.
     augment : callable or None
         From a batch of images and a generator to a batch of images.
     validation_score : callable or None
@@ -100,15 +105,19 @@ class TrainingJob:
         What an earlier fit left (`TrainingResult.state`), to go on from.
     incremental : bool
         One of many short fits (partial_fit), which nobody expects to converge.
+    evaluation_rows : int
+        Rows of a forward pass without gradients.
     """
 
     module: nn.Module
+    criterion: nn.Module
     recipe: Recipe
     reader: BatchReader
     precision: Precision
     generators: Generators
     train: Samples
     validation: Samples | None = None
+    sampler: Callable[[Tensor, int, int, torch.Generator], list[Tensor]] | None = None
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     monitor_loss: bool = False
     validation_score: Callable[[], float] | None = None
@@ -117,6 +126,7 @@ class TrainingJob:
     skorch_callbacks: list = field(default_factory=list)
     state: dict | None = None
     incremental: bool = False
+    evaluation_rows: int = 1024
     verbose: bool = False
 
 
@@ -193,29 +203,35 @@ class _Stop(Exception):
 class _Batches:
     """Batches of near-equal size: 129 rows in batches of 128 are 64 and 65, never 128 and 1.
 
-    Yields (rows, targets, weight or None, weight_sum); rows as stored.
+    Yields (rows, targets, weight or None, weight_sum); rows as stored. With `order` each pass
+    draws a new order of the rows, or as many batches as those would be from a job's `sampler`.
     """
 
     def __init__(
-        self, samples: Samples, batch_size: int, order: torch.Generator | None = None
+        self,
+        samples: Samples,
+        batch_size: int,
+        order: torch.Generator | None = None,
+        sampler: Callable[..., list[Tensor]] | None = None,
     ) -> None:
         self.samples = samples
+        self.batch_size = batch_size
         self.order = order
+        self.sampler = sampler
         n_batches = -(-len(samples) // min(batch_size, len(samples)))
-        self.bounds = [len(samples) * i // n_batches for i in range(n_batches + 1)]
+        bounds = [len(samples) * i // n_batches for i in range(n_batches + 1)]
+        self.sizes = [stop - start for start, stop in pairwise(bounds)]
 
     def __len__(self) -> int:
-        return len(self.bounds) - 1
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
-        samples, bounds = self.samples, self.bounds
-        rows, targets, weight, index = samples.rows, samples.targets, samples.weight, samples.index
-        if self.order is not None and len(self) > 1:  # one batch is read in place
-            order = torch.randperm(len(samples), generator=self.order).to(rows.device)
-            index = order if index is None else index[order]
-        sums = self._weight_sums(index)
-        for i in range(len(self)):
-            start, stop = bounds[i], bounds[i + 1]
+        samples = self.samples
+        rows, targets, weight = samples.rows, samples.targets, samples.weight
+        index, sizes = self._epoch()
+        stop = 0
+        for size, weight_sum in zip(sizes, self._weight_sums(index, sizes), strict=True):
+            start, stop = stop, stop + size
             if index is None:
                 picked = slice(start, stop)
                 batch = rows[picked], targets[picked], None if weight is None else weight[picked]
@@ -227,10 +243,23 @@ class _Batches:
                     targets.index_select(0, part),
                     None if weight is None else weight.index_select(0, part),
                 )
-            yield *batch, sums[i]
+            yield *batch, weight_sum
 
-    def _weight_sums(self, index: Tensor | None) -> list[float]:
-        sizes = [stop - start for start, stop in zip(self.bounds, self.bounds[1:], strict=False)]
+    def _epoch(self) -> tuple[Tensor | None, list[int]]:
+        """Rows of one pass in their order, None for all as they lie; and the batches' sizes."""
+        samples, index, sizes = self.samples, self.samples.index, self.sizes
+        if self.order is None:
+            return index, sizes
+        if self.sampler is not None:
+            parts = self.sampler(samples.y, self.batch_size, len(self), generator=self.order)
+            order, sizes = torch.cat(parts), [len(part) for part in parts]
+        elif len(self) > 1:
+            order = torch.randperm(len(samples), generator=self.order).to(samples.rows.device)
+        else:  # one batch is read in place
+            return index, sizes
+        return (order if index is None else index[order]), sizes
+
+    def _weight_sums(self, index: Tensor | None, sizes: list[int]) -> list[float]:
         if self.samples.weight is None:
             return [float(size) for size in sizes]
         weight = self.samples.weight if index is None else self.samples.weight[index]
@@ -248,7 +277,7 @@ class _Net(NeuralNetClassifier):
     def __init__(self, job: TrainingJob) -> None:
         super().__init__(
             job.module,
-            criterion=ClassificationLoss(job.recipe.loss, job.recipe.label_smoothing),
+            criterion=job.criterion,
             lr=job.recipe.learning_rate_init,
             max_epochs=job.recipe.max_iter,
             batch_size=job.recipe.batch_size,
@@ -279,7 +308,8 @@ class _Net(NeuralNetClassifier):
             or recipe.clip_grad_norm is not None
             or recipe.clip_grad_value is not None
         )
-        self.piece_rows = None if has_batch_norm(self.module_) else _PIECE_ROWS
+        splits = self.criterion_.row_wise and not has_batch_norm(self.module_)
+        self.piece_rows = _PIECE_ROWS if splits else None
         self.data_weight = self.job.train.total_weight() if recipe.alpha_over_data else None
         n_batches = len(self.get_iterator(self.job.train, training=True))
         self.rates = LearningRates(
@@ -289,6 +319,8 @@ class _Net(NeuralNetClassifier):
             n_steps=recipe.max_iter * n_batches,
             state=None if recipe.solver == "lbfgs" else self.job.state,
         )
+        # only now: an optimizer that takes up an earlier state makes its groups anew
+        self.penalised = [g for g in self.optimizer_.param_groups if g["penalised"]]
         return self
 
     def initialize_optimizer(self, triggered_directly: Any = None) -> _Net:
@@ -306,12 +338,13 @@ class _Net(NeuralNetClassifier):
 
     def get_iterator(self, dataset: Any, training: bool = False) -> _Batches:
         if training:
-            order = self.job.generators.order if self.job.recipe.shuffle else None
-            return _Batches(dataset, self.job.recipe.batch_size, order)
+            job = self.job
+            order = job.generators.order if job.recipe.shuffle else None
+            return _Batches(dataset, job.recipe.batch_size, order, job.sampler)
         if not isinstance(dataset, Samples):  # rows that a callback came with
             rows = torch.as_tensor(dataset)
             dataset = Samples(rows, rows.new_zeros(len(rows), dtype=torch.int64))
-        return _Batches(dataset, _EVALUATION_ROWS)
+        return _Batches(dataset, self.job.evaluation_rows)
 
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Any, **fit_params: Any
@@ -322,7 +355,8 @@ class _Net(NeuralNetClassifier):
         self._set_training(training)
         # Tensors that stay on the device until the epoch is over: what can be done once an epoch
         # is not done in each step.
-        n_rows = len(iterator.samples)
+        classifies = isinstance(self.criterion_, ClassificationLoss)
+        n_rows = len(iterator.samples) if classifies else None
         figures = _Figures(n_rows, len(iterator), self.job.reader.device)
         for rows, targets, weight, batch_weight in iterator:
             batch = (rows, targets)
@@ -338,7 +372,8 @@ class _Net(NeuralNetClassifier):
         best = min((row[prefix + "_loss"] for row in self.history[:-1]), default=math.inf)
         self.history.record(prefix + "_loss", loss)
         self.history.record(prefix + "_loss_best", loss < best)
-        self.history.record(prefix + "_accuracy", accuracy)
+        if accuracy is not None:
+            self.history.record(prefix + "_accuracy", accuracy)
         if training:
             self.history.record("learning_rate", self.optimizer_.param_groups[0]["lr"])
             self.history.record("seconds", time.perf_counter() - start)
@@ -349,18 +384,19 @@ class _Net(NeuralNetClassifier):
         """One update; gives the loss it started from, the penalty beside it, and the logits."""
         recipe = self.job.recipe
         strength = recipe.alpha / (self.data_weight or weight_sum) if recipe.alpha else 0.0
-        decayed = self.optimizer_.param_groups[0]
         self.optimizer_.zero_grad(set_to_none=True)
         loss, logits = self.accumulate_gradient(batch, weight, weight_sum)
         step: dict[str, Any] = {"loss": loss, "y_pred": logits}
         coupled = strength + (recipe.weight_decay if recipe.solver != "adamw" else 0.0)
         if coupled:
             with torch.no_grad():
-                step["penalty"] = (coupled / 2, squared_norm(decayed["params"]))
+                weights = self.penalised_weights()
+                step["penalty"] = (coupled / 2, squared_norm(weights))
                 if self.adds_penalty:
-                    _add_penalty(decayed["params"], strength)
+                    _add_penalty(weights, strength)
                 elif recipe.solver != "adamw":
-                    decayed["weight_decay"] = coupled
+                    for group in self.penalised:
+                        group["weight_decay"] = coupled
         if self.notifies_gradients:
             self.notify(
                 "on_grad_computed",
@@ -375,6 +411,10 @@ class _Net(NeuralNetClassifier):
         self.rates.before_step()
         self.optimizer_.step()
         return step
+
+    def penalised_weights(self) -> list[Tensor]:
+        """Those that have a gradient: a network may hold layers that its output does not use."""
+        return [p for group in self.penalised for p in group["params"] if p.grad is not None]
 
     def accumulate_gradient(
         self, batch: tuple[Tensor, Tensor], weight: Tensor | None, weight_sum: float
@@ -433,16 +473,17 @@ class _Net(NeuralNetClassifier):
 
 
 class _Figures:
-    """Loss and accuracy of an epoch, from what its steps leave.
+    """Loss of an epoch, and accuracy where `n_rows` are classified, from what its steps leave.
 
     They are written into arrays made beforehand: a small tensor kept from each step would lie
     between the large ones, whose memory the next step could then not take up again (with lists in
     their place CIFAR-10 took 200 MB more).
     """
 
-    def __init__(self, n_rows: int, n_steps: int, device: torch.device) -> None:
-        self.right = torch.zeros(n_rows, dtype=torch.bool, device=device)
-        self.weights = torch.ones(n_rows, dtype=torch.float64, device=device)
+    def __init__(self, n_rows: int | None, n_steps: int, device: torch.device) -> None:
+        self.classifies = n_rows is not None
+        self.right = torch.zeros(n_rows or 0, dtype=torch.bool, device=device)
+        self.weights = torch.ones(n_rows or 0, dtype=torch.float64, device=device)
         self.losses = torch.zeros(n_steps, dtype=torch.float64, device=device)
         self.norms = torch.zeros(n_steps, dtype=torch.float64, device=device)
         self.factors = [0.0] * n_steps
@@ -450,23 +491,25 @@ class _Figures:
         self.step = self.row = 0
 
     def add(self, step: dict, targets: Tensor, weight: Tensor | None, weight_sum: float) -> None:
-        rows = slice(self.row, self.row + len(targets))
-        torch.eq(predicted_classes(step["y_pred"]), targets, out=self.right[rows])
-        if weight is not None:
-            self.weights[rows] = weight
+        if self.classifies:
+            rows = slice(self.row, self.row + len(targets))
+            torch.eq(predicted_classes(step["y_pred"]), targets, out=self.right[rows])
+            if weight is not None:
+                self.weights[rows] = weight
+            self.row = rows.stop
         self.losses[self.step] = step["loss"]
         if "penalty" in step:
             self.factors[self.step], self.norms[self.step] = step["penalty"]
         self.weight_sums[self.step] = weight_sum
-        self.step, self.row = self.step + 1, rows.stop
+        self.step += 1
 
-    def read(self) -> tuple[float, float]:
+    def read(self) -> tuple[float, float | None]:
         """The epoch's weighted means; the only time the host waits for the device."""
         losses = self.losses + self.norms * self.norms.new_tensor(self.factors)
         shares = losses.new_tensor(self.weight_sums)
         right = self.weights @ self.right.double()
         loss, accuracy = (torch.stack([losses @ shares, right]) / shares.sum()).tolist()
-        return loss, accuracy
+        return loss, accuracy if self.classifies else None
 
 
 def squared_norm(weights: list[Tensor]) -> Tensor:
@@ -479,8 +522,8 @@ def squared_norm(weights: list[Tensor]) -> Tensor:
 
 def _add_penalty(parameters: list[Tensor], strength: float) -> None:
     for parameter in parameters:
-        if parameter.grad is not None:  # a caller's own module may leave some unused
-            parameter.grad.add_(parameter, alpha=strength)
+        assert parameter.grad is not None
+        parameter.grad.add_(parameter, alpha=strength)
 
 
 def _overrides(callback: Callback, *methods: str) -> bool:
@@ -611,7 +654,7 @@ class _Conductor(Callback):
 def _train_lbfgs(job: TrainingJob) -> TrainingResult:
     """L-BFGS over all of the rows at once; a linear model has a faster way to the same optimum."""
     linear = isinstance(job.module, MultilayerPerceptron) and not len(job.module.features)
-    is_cross_entropy = job.recipe.loss == "cross_entropy"
+    is_cross_entropy = job.criterion.loss == "cross_entropy"
     net = _Net(job).initialize()
     history: list[dict] = []
     clock = [time.perf_counter()]
@@ -672,7 +715,7 @@ def _minimize_linear(net: _Net, on_iteration: Callable[[float], bool]) -> LBFGSR
         weight_decay=recipe.weight_decay,
         shift=shift,
         scale=scale,
-        label_smoothing=recipe.label_smoothing,
+        label_smoothing=float(job.criterion.label_smoothing),  # type: ignore[arg-type]
         dtype=job.precision.weights,
         max_iter=recipe.max_iter,
         tol=recipe.tol,
@@ -691,12 +734,12 @@ def _minimize_any(net: _Net, on_iteration: Callable[[float], bool]) -> LBFGSResu
     recipe, samples = net.job.recipe, net.job.train
     ((rows, targets, weight, weight_sum),) = _Batches(samples, len(samples))
     strength = recipe.alpha / weight_sum + recipe.weight_decay
-    penalised = net.optimizer_.param_groups[0]["params"]
 
     def closure() -> float:
         net._set_training(True)
         loss, _ = net.accumulate_gradient((rows, targets), weight, weight_sum)
         with torch.no_grad():
+            penalised = net.penalised_weights()
             for parameter in penalised:
                 loss = loss + 0.5 * strength * parameter.square().sum()
             _add_penalty(penalised, strength)

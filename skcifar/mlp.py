@@ -16,15 +16,11 @@ from skcifar._parameters import document_parameters, share
 
 
 @document_parameters(
-    batch_size='"auto"',
-    auto_batch_size='"auto" is n_samples // 50, within 64 to 256.',
-    learning_rate_init="2e-3",
-    learning_rate_decay="0.95",
-    learning_rate_warmup="0.2",
-    max_iter="20",
-    label_smoothing="0.0",
+    max_iter='Iterations of solver="lbfgs".',
+    tol='solver="lbfgs" ends when no component of the gradient is larger.',
     image_shape="Of use here only for statistics per channel.",
     precision='"auto" is float64 for float64 rows on the CPU, else float32.',
+    skorch_callbacks='solver="lbfgs" calls none.',
 )
 class MLPClassifier(TorchClassifier):
     """Multilayer perceptron with the parameters of scikit-learn's.
@@ -185,8 +181,8 @@ class MLPClassifier(TorchClassifier):
         self.precision = precision
         self.skorch_callbacks = skorch_callbacks
 
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
+    def _check_parameters(self, incremental: bool) -> None:
+        super()._check_parameters(incremental)
         if self.solver == "lbfgs" and self.dropout:
             raise ValueError(
                 f"dropout={self.dropout!r} gives solver='lbfgs' another loss at every evaluation; "

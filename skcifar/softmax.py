@@ -16,16 +16,11 @@ from skcifar._training import Samples
 
 
 @document_parameters(
-    batch_size='"auto"',
-    auto_batch_size='"auto" is n_samples // 50, within 64 to 256.',
-    learning_rate_init="1e-3",
-    learning_rate_decay="0.95",
-    learning_rate_warmup="0.2",
-    max_iter='"auto"',
-    auto_max_iter=' "auto" is 1000 iterations, and 20 epochs of the others.',
-    label_smoothing="0.0",
+    max_iter='Iterations of solver="lbfgs"; "auto" is 1000 of these, and 20 epochs of the others.',
+    tol='solver="lbfgs" ends when no component of the gradient is larger.',
     image_shape="Of use here only for statistics per channel.",
     precision='"auto" is float64 for float64 rows on the CPU, else float32.',
+    skorch_callbacks='solver="lbfgs" calls none.',
 )
 class SoftmaxRegression(TorchClassifier):
     """Multinomial logistic regression on images; of two classes, logistic regression.

@@ -173,6 +173,19 @@ def test__precision_auto__follows_rows_and_network():
     assert choose("bfloat16", cpu, torch.uint8, convolutional=True).weights == torch.float32
 
 
+@pytest.mark.parametrize("layout", ["HWC", "CHW"])
+def test__reader_of_grey_images__repeats_the_channel_before_it_normalises(layout):
+    rows = torch.arange(12, dtype=torch.uint8).reshape(1, 12)
+    mean, scale = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 8.0])
+    read = BatchReader(
+        (3, 4, 1), layout, True, mean, scale, torch.device("cpu"), torch.float64, grey_to_rgb=True
+    )
+    expected = (rows.reshape(1, 1, 3, 4).double().numpy() - mean[:, None, None]) / scale[
+        :, None, None
+    ]
+    np.testing.assert_allclose(read(rows).numpy(), expected)
+
+
 def test__reader_on_meta__needs_no_data():
     """The path to another device than the rows' own, as far as it can go without one."""
     read = BatchReader(

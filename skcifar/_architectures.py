@@ -1,0 +1,310 @@
+"""The networks that have a name: for small images by ARCHITECTURES, for ImageNet by BACKBONES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from skcifar._networks import Dropout, Linear
+
+
+class LeNet5(nn.Module):
+    """LeCun et al. (1998), with the ReLU and max pooling of today's use.
+
+    The first convolution is padded, so that 28x28 images fit as the paper's padded 32x32 do.
+    """
+
+    smallest_image = 12
+
+    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
+        super().__init__()
+        height, width, channels = image_shape
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 6, 5, padding=2),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(6, 16, 5),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        n_pixels = ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2)
+        self.dense = nn.Sequential(
+            Linear(16 * n_pixels, 120), nn.ReLU(), Linear(120, 84), nn.ReLU()
+        )
+        self.head = Linear(84, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dense(self.features(x)))
+
+
+class VGG(nn.Module):
+    """Simonyan and Zisserman (2015) with BatchNorm, average pooling and one dense layer."""
+
+    smallest_image = 32
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        n_outputs: int,
+        stages: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        n_in = image_shape[2]
+        layers: list[nn.Module] = []
+        for stage in stages:
+            for position, n_out in enumerate(stage):
+                layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out)]
+                if position == len(stage) - 1:
+                    layers.append(nn.MaxPool2d(2))
+                layers.append(nn.ReLU(inplace=True))
+                n_in = n_out
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(n_in, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.avgpool(self.features(x)).flatten(1))
+
+
+class VGG11(VGG):
+    """Eight convolutions in five stages."""
+
+    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
+        super().__init__(image_shape, n_outputs, [[64], [128], [256] * 2, [512] * 2, [512] * 2])
+
+
+class VGG16(VGG):
+    """Thirteen convolutions in five stages."""
+
+    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
+        super().__init__(
+            image_shape, n_outputs, [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
+        )
+
+
+class ResNet(nn.Module):
+    """He et al. (2016), named as torchvision's, whose weights then load.
+
+    Parameters
+    ----------
+    block : BasicBlock or Bottleneck
+    n_blocks : sequence of four int
+        Blocks of each stage; stages are 1, 2, 4 and 8 times 64 wide.
+    n_outputs : int, optional
+        None leaves the dense layer out: the pooled activations come out.
+    n_channels : int
+        Of the images.
+    small_images : bool
+        Whether the stem is a 3x3 convolution that keeps the image's size, rather than ImageNet's
+        7x7 convolution and 3x3 max pooling of stride 2 each.
+    """
+
+    smallest_image = 1  # all windows are padded
+    head_prefix = "fc."
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        n_blocks: Sequence[int],
+        n_outputs: int | None,
+        *,
+        n_channels: int = 3,
+        small_images: bool = False,
+    ) -> None:
+        super().__init__()
+        self.maxpool: nn.Module
+        if small_images:
+            self.conv1 = nn.Conv2d(n_channels, 64, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(n_channels, 64, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = _stage(block, n_blocks[0], 64, 64, stride=1)
+        self.layer2 = _stage(block, n_blocks[1], 64 * block.expansion, 128, stride=2)
+        self.layer3 = _stage(block, n_blocks[2], 128 * block.expansion, 256, stride=2)
+        self.layer4 = _stage(block, n_blocks[3], 256 * block.expansion, 512, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = _dense_or_nothing(512 * block.expansion, n_outputs)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.forward_features(x))
+
+
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck], n_blocks: int, n_in: int, width: int, stride: int
+) -> nn.Sequential:
+    n_out = width * block.expansion
+    first = block(n_in, width, stride)
+    return nn.Sequential(first, *(block(n_out, width, 1) for _ in range(n_blocks - 1)))
+
+
+def _dense_or_nothing(n_in: int, n_outputs: int | None) -> nn.Module:
+    return nn.Identity() if n_outputs is None else nn.Linear(n_in, n_outputs)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, n_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(n_in, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, beside a shortcut; the output is four times as wide.
+
+    The stride is the 3x3 convolution's, as in the weights that are to be had for ImageNet, and not
+    the first one's as in the paper.
+    """
+
+    expansion = 4
+
+    def __init__(self, n_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = _shortcut(n_in, 4 * width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)))
+        return torch.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+def _shortcut(n_in: int, n_out: int, stride: int) -> nn.Module | None:
+    """What fits a block's input to its output where their shapes differ."""
+    if stride == 1 and n_in == n_out:
+        return None
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
+
+
+class ResNet18(ResNet):
+    """ResNet-18 with the stem for small images."""
+
+    smallest_image = 8
+
+    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
+        super().__init__(
+            BasicBlock, [2, 2, 2, 2], n_outputs, n_channels=image_shape[2], small_images=True
+        )
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "lenet5": LeNet5,
+    "vgg11": VGG11,
+    "vgg16": VGG16,
+    "resnet18": ResNet18,
+}
+
+
+# -- ImageNet's ------------------------------------------------------------------------------------
+#
+# Of RGB images, with the names and shapes of torchvision's weights. n_outputs=None leaves the
+# classifying layers out, whose entries in the weights begin with head_prefix.
+
+
+class AlexNet(nn.Module):
+    """Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014."""
+
+    smallest_image = 63
+    head_prefix = "classifier."
+
+    def __init__(self, n_outputs: int | None = 1000) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 64, 11, stride=4, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(384, 256, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(6)
+        self.classifier: nn.Module = nn.Identity()
+        if n_outputs is not None:
+            self.classifier = nn.Sequential(
+                Dropout(0.5),
+                Linear(256 * 6 * 6, 4096),
+                nn.ReLU(inplace=True),
+                Dropout(0.5),
+                Linear(4096, 4096),
+                nn.ReLU(inplace=True),
+                Linear(4096, n_outputs),
+            )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.avgpool(self.features(x)).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.forward_features(x))
+
+
+class ImageNetResNet18(ResNet):
+    """Basic blocks, 18 layers with weights."""
+
+    def __init__(self, n_outputs: int | None = 1000) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], n_outputs)
+        _he_normal_(self)
+
+
+class ImageNetResNet34(ResNet):
+    """Basic blocks, 34 layers with weights."""
+
+    def __init__(self, n_outputs: int | None = 1000) -> None:
+        super().__init__(BasicBlock, [3, 4, 6, 3], n_outputs)
+        _he_normal_(self)
+
+
+class ImageNetResNet50(ResNet):
+    """Bottlenecks, 50 layers with weights."""
+
+    def __init__(self, n_outputs: int | None = 1000) -> None:
+        super().__init__(Bottleneck, [3, 4, 6, 3], n_outputs)
+        _he_normal_(self)
+
+
+def _he_normal_(module: nn.Module) -> None:
+    """Draw convolutions as He et al., "Delving Deep into Rectifiers", 2015, by their outputs."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "alexnet": AlexNet,
+    "resnet18": ImageNetResNet18,
+    "resnet34": ImageNetResNet34,
+    "resnet50": ImageNetResNet50,
+}
