@@ -1,0 +1,400 @@
+"""Activations of networks that were trained on ImageNet."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, Self
+
+import joblib
+import numpy as np
+import torch
+from sklearn.base import _fit_context
+from sklearn.utils._param_validation import Interval, StrOptions
+from torch import Tensor, nn
+
+from skcifar._architectures import BACKBONES
+from skcifar._checkpoints import digest_of, fetch_checkpoint, load_weights, read_state_dict
+from skcifar._device import (
+    Precision,
+    resolve_device,
+    resolve_precision,
+    seeded_construction,
+    skeleton_construction,
+)
+from skcifar._encoder import TorchEncoder
+from skcifar._networks import Encoder
+from skcifar._parameters import CONSTRAINTS, document_parameters
+from skcifar._row_cache import RowCache
+
+# Of ImageNet's red, green and blue, in shares of the brightest; as torchvision's weights want.
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
+_IMAGENET_SCALE = np.array([0.229, 0.224, 0.225])
+
+_SECONDS_BETWEEN_REPORTS = 5.0
+
+_BYTES_STORED_AT_ONCE = 64 * 2**20
+
+
+@document_parameters(
+    instead={
+        "random_state": """
+            random_state : int, RandomState instance or None, default={default}
+                Seed of the weights where `weights=None`.
+        """,
+        "verbose": """
+            verbose : bool or int, default={default}
+                Whether to tell on standard error how many images are done, and of a download.
+        """,
+        "n_parameters_": """
+            n_parameters_ : int
+                Weights and biases of the network, the layers behind `layer` included, but of the
+                last dense layers only where `layer` is one of them.
+        """,
+        "mean_": """
+            mean_, scale_ : ndarray of shape (n_channels,) or None
+                What is subtracted and divided by, in the units of X; grey images have three
+                channels by then, but not to a callable backbone. None where pixels are taken as they are.
+        """,
+    },
+    without=(
+        *("classes_", "n_iter_", "history_", "loss_", "best_loss_", "loss_curve_"),
+        *("validation_scores_", "best_validation_score_", "n_outputs_", "t_", "skorch_callbacks_"),
+    ),
+    image_shape="Flat rows of s² or 3s² features with s >= 8 are taken for square images without "
+    "it.",
+    precision='"auto" is bfloat16 where the hardware computes in it, else float32.',
+)
+class PretrainedFeatures(TorchEncoder):
+    """Activations of AlexNet or a ResNet with ImageNet weights, as features.
+
+    Nothing is trained. Images are normalised with ImageNet's statistics, resized on the device,
+    batch by batch, and run through the network in evaluation mode; a classifier behind it learns
+    from the outputs of a layer.
+
+    Parameters
+    ----------
+    backbone : {"alexnet", "resnet18", "resnet34", "resnet50"} or callable, default="resnet18"
+        The network [1]_ [2]_, with torchvision's names and shapes of weights. A callable gets
+        `image_shape` (height, width, channels) by name and returns a `torch.nn.Module` from images
+        (n, channels, height, width) to any features.
+    weights : "imagenet", path or None, default="imagenet"
+        "imagenet" is the checkpoint torchvision calls IMAGENET1K_V1: below `data_home`, in torch's
+        own cache (TORCH_HOME), or else downloaded; its SHA-256 is checked. A path names a state
+        dict, a .pth or .safetensors file. None draws weights at random.
+    layer : str, default="pool"
+        What the features are: "pool" the pooled last images, flat (9,216 of AlexNet; 512, 512 and
+        2,048 of the ResNets), "logits" the scores of ImageNet's 1,000 classes, or the name of
+        any part of the network, such as "layer3" or "classifier.4", whose output is flattened. Of a
+        callable both "pool" and "logits" are its output.
+    image_size : int or None, default=224
+        Pixels a side to which images are resized, antialiased; None leaves them as they are.
+    interpolation : {"bilinear", "bicubic"}, default="bilinear"
+        Of the resizing.
+    batch_size : int, default=128
+        Images of a forward pass. Halved as long as memory does not suffice.
+    memory : str, path or None, default=None
+        Folder of a store of features: an image whose features were computed with the same weights,
+        layer and size by this or another estimator or process is not computed again, so that a
+        cross-validation runs the network once for each image, not once for each fold. Entries are
+        checked; damaged ones are computed again. A callable backbone is known by its name, weights
+        and printed layers.
+    cache_size : int, default=4_000_000_000
+        Bytes that the store may take; what was stored first leaves first.
+    normalize : "auto" or bool, default="auto"
+        Whether to normalise with ImageNet's mean and standard deviation of each channel. "auto"
+        does so for pixels: integers within 0 to 255, and floats within 0 to 1 or 0 to 255; anything
+        else is taken as it is.
+    data_home : str, path or None, default=None
+        Where `imagenet-weights/` is; scikit-learn's data home by default.
+    {parameters}
+
+    Attributes
+    ----------
+    {attributes}
+
+    References
+    ----------
+    .. [1] Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014.
+    .. [2] He, Zhang, Ren and Sun, "Deep residual learning for image recognition", CVPR 2016.
+
+    Examples
+    --------
+    Random weights, for a download takes its time:
+
+    >>> from skcifar import PretrainedFeatures
+    >>> from skcifar.datasets import load_digits
+    >>> X, y = load_digits(return_X_y=True)
+    >>> features = PretrainedFeatures(weights=None, image_size=32, random_state=0)
+    >>> features.fit_transform(X[:20]).shape
+    (20, 512)
+    """
+
+    _parameter_constraints: dict = {
+        **{
+            name: CONSTRAINTS[name]
+            for name in ("normalize", "image_shape", "layout", "device", "precision")
+        },
+        "backbone": [StrOptions(set(BACKBONES)), callable],
+        "weights": [str, os.PathLike, None],
+        "layer": [str],
+        "image_size": [Interval(Integral, 1, None, closed="left"), None],
+        "interpolation": [StrOptions({"bilinear", "bicubic"})],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "memory": [str, os.PathLike, None],
+        "cache_size": [Interval(Integral, 0, None, closed="left")],
+        "data_home": [str, os.PathLike, None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        backbone="resnet18",
+        *,
+        weights="imagenet",
+        layer="pool",
+        image_size=224,
+        interpolation="bilinear",
+        batch_size=128,
+        memory=None,
+        cache_size=4_000_000_000,
+        normalize="auto",
+        data_home=None,
+        image_shape=None,
+        layout="HWC",
+        device="auto",
+        precision="auto",
+        random_state=None,
+        verbose=False,
+    ):
+        self.backbone = backbone
+        self.weights = weights
+        self.layer = layer
+        self.image_size = image_size
+        self.interpolation = interpolation
+        self.batch_size = batch_size
+        self.memory = memory
+        self.cache_size = cache_size
+        self.normalize = normalize
+        self.data_home = data_home
+        self.image_shape = image_shape
+        self.layout = layout
+        self.device = device
+        self.precision = precision
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any = None) -> Self:
+        """Load the weights, and see from images how they are to be read.
+
+        Parameters
+        ----------
+        X : array-like or tensor of shape (n_samples, n_features), (n_samples, height, width) or \
+                (n_samples, height, width, channels)
+            Images, as rows or as images.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self : object
+            The fitted transformer.
+
+        Raises
+        ------
+        OSError
+            When the ImageNet weights are not at hand and cannot be downloaded.
+        ValueError
+            When images, weights and parameters do not fit together.
+        """
+        rows, _, given_shape = self._validate_rows(X, reset=True)
+        device = resolve_device(self.device)
+        precision = resolve_precision(self.precision, device, rows.dtype, convolutional=True)
+        shape = self._resolve_image_shape(rows, given_shape)
+        self._check_images(shape)
+        mean, scale = self._pixel_statistics(rows, shape[2])
+        attributes: dict[str, Any] = {
+            "image_shape_": shape,
+            "dtype_": precision.name,
+            "mean_": mean,
+            "scale_": scale,
+            "device_": str(device),
+        }
+        module = self._module(attributes, 0, self._seeds()["weights"], device).eval()
+        attributes["n_parameters_"] = sum(p.numel() for p in module.parameters())
+        attributes["module_"] = module
+        attributes["_n_features_out"] = self._count_features(attributes, rows)
+        attributes["_weights_digest"] = None if self.memory is None else digest_of(module)
+        self.__dict__.update(attributes)
+        return self
+
+    # -- the network -------------------------------------------------------------------------------
+
+    def _network(
+        self, image_shape: tuple[int, int, int], n_outputs: int
+    ) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+        factory = self.backbone
+        arguments: dict[str, Any] = {"image_shape": image_shape}
+        if isinstance(self.backbone, str):
+            factory = BACKBONES[self.backbone]
+            head = factory.head_prefix  # type: ignore[attr-defined]
+            # what lies before the head wants neither its weights nor that it has 1,000 classes
+            with_head = self.layer == "logits" or f"{self.layer}.".startswith(head)
+            arguments = {"n_outputs": 1000 if with_head else None}
+        return Encoder, {
+            "factory": factory,
+            "arguments": arguments,
+            "image_size": self.image_size,
+            "interpolation": self.interpolation,
+            "layer": None if self.layer in ("pool", "logits") else self.layer,
+        }
+
+    def _module(
+        self, attributes: dict[str, Any], n_outputs: int, seed: int, device: torch.device
+    ) -> nn.Module:
+        factory, arguments = self._network(attributes["image_shape_"], n_outputs)
+        attributes["_architecture"] = (factory, arguments)
+        module: Any
+        if self.weights is None:
+            with seeded_construction(seed):
+                module = factory(**arguments)
+        else:
+            with skeleton_construction(factory, arguments):
+                module = factory(**arguments)
+            load_weights(module.network, read_state_dict(self._find_weights()), self.weights)
+        module = module.to(device, Precision(attributes["dtype_"]).weights)
+        return module.to(memory_format=torch.channels_last)
+
+    def _find_weights(self) -> str | os.PathLike[str]:
+        if self.weights != "imagenet":
+            return self.weights
+        if not isinstance(self.backbone, str):
+            raise ValueError(
+                f"weights='imagenet' is for the backbones {sorted(BACKBONES)}; give a callable "
+                "backbone the path of its weights, or weights=None."
+            )
+        return fetch_checkpoint(self.backbone, self.data_home, verbose=bool(self.verbose))
+
+    def _count_features(self, attributes: dict[str, Any], rows: Tensor) -> int:
+        view = self._view(attributes, attributes["module_"])
+        return view._outputs_of(rows[:1], torch.float32).shape[1]
+
+    # -- images ------------------------------------------------------------------------------------
+
+    def _check_images(self, shape: tuple[int, int, int]) -> None:
+        if not isinstance(self.backbone, str):
+            return
+        if shape[2] not in (1, 3):
+            raise ValueError(
+                f"backbone={self.backbone!r} takes grey or colour images, but X holds images of "
+                f"shape {shape} (height, width, channels), of {shape[2]} channels; give "
+                "image_shape or layout if they are read wrongly, or convert them."
+            )
+        smallest = BACKBONES[self.backbone].smallest_image  # type: ignore[attr-defined]
+        size = min(shape[:2]) if self.image_size is None else self.image_size
+        if size < smallest:
+            raise ValueError(
+                f"backbone={self.backbone!r} needs images of at least {smallest} x {smallest} "
+                f"pixels, but image_size={self.image_size!r} with images of shape {shape}; give "
+                "image_size=224."
+            )
+
+    def _pixel_statistics(
+        self, rows: Tensor, n_channels: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """ImageNet's mean and standard deviation, in units of the rows."""
+        normalize = self.normalize
+        low, high = (0.0, 255.0) if rows.dtype == torch.uint8 else map(float, rows.aminmax())
+        if normalize == "auto":
+            normalize = low >= 0 and high <= 255
+        if not normalize:
+            return None, None
+        unit = 1.0 if rows.is_floating_point() and high <= 1 else 255.0
+        mean, scale = _IMAGENET_MEAN * unit, _IMAGENET_SCALE * unit
+        if n_channels == 3 or self._repeats_grey(n_channels):
+            return mean, scale
+        return np.full(n_channels, mean.mean()), np.full(n_channels, scale.mean())
+
+    def _repeats_grey(self, n_channels: int) -> bool:
+        return isinstance(self.backbone, str) and n_channels == 1
+
+    def _rows_of_a_forward_pass(self) -> tuple[int, int]:
+        most, least = super()._rows_of_a_forward_pass()
+        most = min(most, self.batch_size)
+        # one image of 224 x 224 pixels fills the processor as well as 32 do
+        return most, 1 if self.image_size is not None else min(most, least)
+
+    # -- features ----------------------------------------------------------------------------------
+
+    def _features(self, rows: Tensor, dtype: torch.dtype) -> np.ndarray:
+        report = _Report(len(rows)) if self.verbose else None
+        if self.memory is None:
+            return self._outputs_of(rows, dtype, report)
+        stored = torch.float64 if self.dtype_ == "float64" else torch.float32
+
+        def compute(positions: np.ndarray) -> np.ndarray:
+            return self._outputs_of(rows[torch.as_tensor(positions)], stored, report)
+
+        features = RowCache(self.memory, self.cache_size).compute(
+            rows.cpu().numpy(),
+            self._namespace(),
+            compute,
+            n_columns=self._n_features_out,
+            dtype=np.float64 if stored == torch.float64 else np.float32,
+            batch_size=self._rows_stored_at_once(stored.itemsize),
+        )
+        return features.astype(np.float64 if dtype == torch.float64 else np.float32, copy=False)
+
+    def _rows_stored_at_once(self, n_bytes: int) -> int:
+        """Few enough that they fit, several times, into the store and into memory."""
+        most = min(_BYTES_STORED_AT_ONCE, self.cache_size // 4)
+        return max(1, min(1024, most // (self._n_features_out * n_bytes)))
+
+    def _namespace(self) -> bytes:
+        """Tell everything that features depend on beside the row itself."""
+        digest = self._weights_digest or digest_of(self.module_)
+        _, arguments = self._architecture
+        network = arguments | {"factory": _identity(arguments["factory"])}
+        reading = (self.image_shape_, self.layout, self.dtype_)
+        statistics = [None if v is None else v.tolist() for v in (self.mean_, self.scale_)]
+        return digest + repr((self.module_, network, reading, statistics)).encode()
+
+    def _with_weights_of(self, trained: Any) -> Self:
+        encoder = super()._with_weights_of(trained)
+        encoder._weights_digest = None  # that of the weights before
+        return encoder
+
+
+def _identity(factory: Callable[..., nn.Module]) -> str:
+    """Return what is the same for the same callable in every process."""
+    name = getattr(factory, "__qualname__", None)
+    # such as a functools.partial: what it consists of
+    return joblib.hash(factory) if name is None else f"{factory.__module__}.{name}"
+
+
+class _Report:
+    """Tells how far a long extraction is."""
+
+    def __init__(self, n_images: int) -> None:
+        self.n_images = n_images
+        self.done = 0
+        self.start = self.last = time.perf_counter()
+
+    def __call__(self, n_more: int) -> None:
+        self.done += n_more
+        now = time.perf_counter()
+        if now - self.last >= _SECONDS_BETWEEN_REPORTS or self.done == self.n_images:
+            self.last = now
+            rate = self.done / max(now - self.start, math.ulp(1))
+            print(
+                f"PretrainedFeatures: {self.done:,} of {self.n_images:,} images, "
+                f"{rate:.0f} a second",
+                file=sys.stderr,
+                flush=True,
+            )
