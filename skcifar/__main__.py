@@ -26,7 +26,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import resample
 
-from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression
+from skcifar import (
+    CNNClassifier,
+    FineTunedClassifier,
+    MLPClassifier,
+    PretrainedFeatures,
+    SoftmaxRegression,
+    TripletEmbedder,
+)
 from skcifar._device import resolve_device
 from skcifar.datasets import Subset, fetch_cifar10, fetch_mnist, load_digits
 from skcifar.model_selection import compare
@@ -34,10 +41,25 @@ from skcifar.model_selection import compare
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
+def _pretrained(backbone: str, device: str) -> BaseEstimator:
+    return make_pipeline(
+        PretrainedFeatures(backbone, device=device, verbose=True),
+        StandardScaler(),
+        MLPClassifier(device=device),
+    )
+
+
 MODELS: dict[str, Callable[[str], BaseEstimator]] = {
     "softmax": lambda device: SoftmaxRegression(device=device),
     "mlp": lambda device: MLPClassifier(device=device),
     "cnn": lambda device: CNNClassifier(device=device),
+    "triplet": lambda device: make_pipeline(
+        TripletEmbedder(device=device), SoftmaxRegression(device=device)
+    ),
+    "finetuned": lambda device: FineTunedClassifier(TripletEmbedder(device=device), device=device),
+    "alexnet": partial(_pretrained, "alexnet"),
+    "resnet18": partial(_pretrained, "resnet18"),
     "sklearn-logistic": lambda _: make_pipeline(
         StandardScaler(), LogisticRegression(max_iter=1000)
     ),
@@ -45,11 +67,12 @@ MODELS: dict[str, Callable[[str], BaseEstimator]] = {
     "dummy": lambda _: DummyClassifier(),
 }
 FETCHERS = {"cifar10": fetch_cifar10, "mnist": fetch_mnist}
-# scikit-learn's own take minutes a fold on CIFAR-10: there they run when they are named.
+# scikit-learn's own take minutes a fold on CIFAR-10, and ImageNet's weights are a download: those
+# run when they are named.
 DEFAULT_MODELS = {
-    "digits": list(MODELS),
-    "mnist": ["softmax", "mlp", "cnn", "dummy"],
-    "cifar10": ["softmax", "mlp", "cnn", "dummy"],
+    "digits": ["softmax", "mlp", "cnn", "triplet", "sklearn-logistic", "sklearn-mlp", "dummy"],
+    "mnist": ["softmax", "mlp", "cnn", "triplet", "dummy"],
+    "cifar10": ["softmax", "mlp", "cnn", "triplet", "dummy"],
 }
 TABLE_WIDTH = 110
 # What a column of the histories begins with, and how its curve is drawn: the blue and the
@@ -131,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--models",
         metavar="A,B,...",
-        help=f"of {', '.join(MODELS)}; default: all for digits, for mnist and cifar10 "
-        f"{', '.join(DEFAULT_MODELS['cifar10'])}",
+        help=f"of {', '.join(MODELS)}; default: {', '.join(DEFAULT_MODELS['cifar10'])}, and "
+        "scikit-learn's for digits",
     )
     add(
         "--n-train",
@@ -267,12 +290,22 @@ def _estimators(arguments: argparse.Namespace) -> dict[str, BaseEstimator]:
             )
         if names.count(name) > 1:
             raise UsageError(f"argument --models: {name!r} is named more than once")
-    return {name: _seeded(MODELS[name](arguments.device), arguments.seed) for name in names}
+    return {name: _configured(MODELS[name](arguments.device), arguments) for name in names}
 
 
-def _seeded(estimator: BaseEstimator, seed: int) -> BaseEstimator:
-    names = [n for n in estimator.get_params() if n.split("__")[-1] == "random_state"]
-    return estimator.set_params(**dict.fromkeys(names, seed))
+def _configured(estimator: BaseEstimator, arguments: argparse.Namespace) -> BaseEstimator:
+    """Set the seed, and where weights and features are kept, wherever there are such parameters."""
+    values = {
+        "random_state": arguments.seed,
+        "data_home": arguments.data_home,
+        # one pass over the images, not one for each fold
+        "pretrainedfeatures__memory": Path(get_data_home(arguments.data_home)) / "skcifar-features",
+    }
+    for name in estimator.get_params():
+        for ending, value in values.items():
+            if name == ending or name.endswith(f"__{ending}"):
+                estimator.set_params(**{name: value})
+    return estimator
 
 
 def _read(name: str, data_home: str | None, subset: Subset, *, verbose: bool) -> _Images:

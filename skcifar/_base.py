@@ -185,15 +185,20 @@ class TorchEstimator(BaseEstimator):
             module = factory(**arguments)
             self._initialize(module)
         attributes["_architecture"] = (factory, arguments)
-        module = module.to(device, Precision(attributes["dtype_"]).weights)
+        return self._placed(module, device, Precision(attributes["dtype_"]).weights)
+
+    def _placed(
+        self, module: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        module = module.to(device, dtype)
         if self._convolutional:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
-    def _view(self, attributes: dict[str, Any], module: nn.Module) -> Self:
-        """This estimator as if fitting had ended now: `module` is live, not copied."""
+    def _view(self, attributes: Mapping[str, Any]) -> Self:
+        """This estimator with other fitted attributes, whose module is live, not copied."""
         view = object.__new__(type(self))  # copy.copy would copy the fitted network as well
-        view.__dict__.update(vars(self) | attributes, module_=module)
+        view.__dict__.update(vars(self) | dict(attributes))
         return view
 
     def _seeds(self) -> dict[str, int]:
@@ -281,7 +286,7 @@ class TorchEstimator(BaseEstimator):
                 module = factory(**arguments)
             weights = _to_tensors(state["module_"])
             module.load_state_dict(weights, assign=True)
-            state["module_"] = module.to(device).eval()
+            state["module_"] = self._placed(module, device).eval()
             if "_training_state" in state:
                 state["_training_state"] = _to_tensors(state["_training_state"])
         super().__setstate__(state)
@@ -299,7 +304,8 @@ def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
 
 
 def weights_device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    """Where a module runs; one without weights runs anywhere."""
+    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -6,13 +6,18 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skcifar._architectures import ARCHITECTURES
 from skcifar._base import hidden_widths
 from skcifar._device import Augmentation, reflected
-from skcifar._networks import ConvolutionalNetwork
+from skcifar._networks import ConvolutionalNetwork, has_batch_norm
 from skcifar._supervised import SupervisedEstimator
+
+AUTO_LEARNING_RATE = (
+    '"auto" is 1e-3 for "adam" and "adamw"; for "sgd" 0.5 for a network of parameters with '
+    "BatchNorm, 0.1 for another network with BatchNorm and 0.05 without."
+)
 
 
 class AugmentedEstimator(SupervisedEstimator):
@@ -85,3 +90,12 @@ class ConvolutionalEstimator(AugmentedEstimator):
             "dropout": self.dropout,
             "global_pool": self.global_pool,
         }
+
+    def _resolve_learning_rate(self, module: nn.Module) -> float:
+        if self.learning_rate_init != "auto":
+            return self.learning_rate_init
+        if self.solver != "sgd":
+            return 1e-3
+        if not has_batch_norm(module):
+            return 0.05
+        return 0.1 if self.architecture is not None else 0.5

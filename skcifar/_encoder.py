@@ -42,8 +42,8 @@ class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstim
 
     def _with_weights_of(self, trained: Any) -> Self:
         """This encoder with the weights, precision and device of a trained `FineTunedNetwork`."""
-        attributes = {"dtype_": trained.dtype_, "device_": trained.device_}
-        return self._view(attributes, trained.module_.encoder)
+        attributes = {name: getattr(trained, name) for name in ("dtype_", "device_")}
+        return self._view(attributes | {"module_": trained.module_.encoder})
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

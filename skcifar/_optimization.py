@@ -129,34 +129,69 @@ def probabilities(logits: Tensor) -> Tensor:
 def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Optimizer with groups for weights, which are penalised, and for biases and BatchNorm.
 
-    The first two learn at the full rate; `recipe.rate_factors` adds two for every factor.
+    The first two learn at the full rate; each of `recipe.rate_factors` adds two.
     """
-    factors = [1.0, *dict.fromkeys(factor for _, factor in recipe.rate_factors if factor != 1.0)]
-    groups: dict[tuple[float, bool], dict[str, Any]] = {
-        (factor, penalised): {
+    starts = [("", 1.0), *recipe.rate_factors]
+    groups: list[dict[str, Any]] = [
+        {
             "params": [],
             "lr": recipe.learning_rate_init * factor,
             "weight_decay": recipe.weight_decay if penalised else 0.0,
             "rate_factor": factor,
             "penalised": penalised,
         }
-        for factor in factors
+        for _, factor in starts
         for penalised in (True, False)
-    }
+    ]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            named = (factor for start, factor in recipe.rate_factors if name.startswith(start))
-            groups[next(named, 1.0), parameter.ndim > 1]["params"].append(parameter)
+            # the last that fits, since the first fits all
+            place = max(i for i, (start, _) in enumerate(starts) if name.startswith(start))
+            groups[2 * place + (parameter.ndim <= 1)]["params"].append(parameter)
     # fused: one pass over parameters, gradients and moments, where torch has one
     fused = next(module.parameters()).device.type in ("cpu", "cuda")
     if recipe.solver == "sgd":
         nesterov = recipe.nesterovs_momentum and recipe.momentum > 0
-        return torch.optim.SGD(
-            list(groups.values()), momentum=recipe.momentum, nesterov=nesterov, fused=fused
-        )
+        return torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
     optimizer = torch.optim.AdamW if recipe.solver == "adamw" else torch.optim.Adam
     betas = (recipe.beta_1, recipe.beta_2)
-    return optimizer(list(groups.values()), betas=betas, eps=recipe.epsilon, fused=fused)
+    return optimizer(groups, betas=betas, eps=recipe.epsilon, fused=fused)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order in which an optimizer's state counts them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _fits(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a saved state is that of these parameters; the fused update would not check."""
+    parameters = _parameters(optimizer)
+    return all(
+        i < len(parameters) and value.shape in ((), parameters[i].shape)
+        for i, values in state.items()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _copied(
+    state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Any]]:
+    """A saved state in memory of its own, since the estimator keeps it and training may fail.
+
+    Laid out as the parameters are, which pickling does not keep and the fused update relies on.
+    """
+    parameters = _parameters(optimizer)
+
+    def copied(value: Any, parameter: Tensor) -> Any:
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        return copy.deepcopy(value)
+
+    return {
+        i: {key: copied(value, parameters[i]) for key, value in values.items()}
+        for i, values in state.items()
+    }
 
 
 class LearningRates:
@@ -187,9 +222,10 @@ class LearningRates:
             self._go_on(state["optimizer"], state["rates"])
 
     def _go_on(self, optimizer_state: dict, saved: dict) -> None:
-        # copied, since the estimator keeps them and this training may fail
+        if not _fits(optimizer_state, self.optimizer):
+            return  # other parameters are trained now
         whole = self.optimizer.state_dict()
-        whole["state"] = copy.deepcopy(optimizer_state)
+        whole["state"] = _copied(optimizer_state, self.optimizer)
         self.optimizer.load_state_dict(whole)
         if saved["schedule"] != self._schedule():
             return  # another schedule begins at its beginning

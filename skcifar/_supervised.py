@@ -110,7 +110,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         state = self._state_to_go_on_from() if going_on else None
         seeds = self._seeds() if state is None else {}
         device = weights_device(self.module_) if going_on else resolve_device(self.device)
-        attributes = self._label_attributes(classes)
+        attributes = self._label_attributes(classes) | {"device_": str(device)}
         # rows that were held out once are never trained on later
         attributes["_split_seed"] = self._split_seed if going_on else seeds["split"]
         held_out = None
@@ -126,7 +126,8 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             module = self._module(
                 attributes, self._count_outputs(classes), seeds["weights"], device
             )
-        view = self._view(attributes, module)
+        attributes["module_"] = module
+        view = self._view(attributes)
         validation, score = None, None
         if held_out is not None:
             rows_held_out = samples_of(
@@ -185,10 +186,9 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         history += [{**row, "epoch": len(history) + i} for i, row in enumerate(result.history, 1)]
         scores = [row["valid_score"] for row in history if "valid_score" in row]
         early = self.early_stopping
-        module = job.module.eval()
+        module = attributes["module_"].eval()
         module.zero_grad(set_to_none=True)
         attributes |= {
-            "module_": module,
             "history_": history,
             "n_iter_": len(history),
             "loss_curve_": [row["train_loss"] for row in history],
@@ -199,7 +199,6 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             "best_validation_score_": result.best_score if early else max(scores, default=None),
             "t_": len(result.history) * len(job.train) + (self.t_ if going_on else 0),
             "n_parameters_": sum(p.numel() for p in module.parameters()),
-            "device_": str(job.reader.device),
             "skorch_callbacks_": result.skorch_callbacks,
         }
         self.__dict__.pop("_training_state", None)
@@ -230,7 +229,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         if len(found) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs samples of at least 2 classes in the data, but "
-                f"the data contains only one class: {found[0]!r}"
+                f"the data contains only one class: {found[0]}"
             )
         return found, codes
 
@@ -348,7 +347,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
     ) -> None:
         """Let scikit-learn's callbacks follow the epochs."""
         current: list[Any] = []
-        view = self._view(attributes, job.module)
+        view = self._view(attributes)
 
         def begin() -> None:
             current[:] = [context.subcontext(task_name="epoch")]

@@ -73,11 +73,14 @@ class Samples(Dataset):
     def y(self) -> Tensor:
         return self.targets if self.index is None else self.targets[self.index]
 
+    def used_weight(self) -> Tensor | None:
+        if self.weight is None or self.index is None:
+            return self.weight
+        return self.weight[self.index]
+
     def total_weight(self) -> float:
-        if self.weight is None:
-            return float(len(self))
-        weight = self.weight if self.index is None else self.weight[self.index]
-        return float(weight.sum())
+        weight = self.used_weight()
+        return float(len(self)) if weight is None else float(weight.sum())
 
 
 @dataclass
@@ -344,7 +347,9 @@ class _Net(NeuralNetClassifier):
         if not isinstance(dataset, Samples):  # rows that a callback came with
             rows = torch.as_tensor(dataset)
             dataset = Samples(rows, rows.new_zeros(len(rows), dtype=torch.int64))
-        return _Batches(dataset, self.job.evaluation_rows)
+        # where rows are compared with each other, those of one class must not stand together
+        order = None if self.criterion_.row_wise else torch.Generator().manual_seed(0)
+        return _Batches(dataset, self.job.evaluation_rows, order)
 
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Any, **fit_params: Any

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from skcifar._classifier import TorchClassifier
-from skcifar._convolutional import ConvolutionalEstimator
-from skcifar._networks import ConvolutionalNetwork, has_batch_norm
+from skcifar._convolutional import AUTO_LEARNING_RATE, ConvolutionalEstimator
 from skcifar._parameters import (
     AUGMENTATION_CONSTRAINTS,
     CONVOLUTIONAL_CONSTRAINTS,
@@ -16,8 +13,7 @@ from skcifar._parameters import (
 
 
 @document_parameters(
-    learning_rate_init='"auto" is 1e-3 for "adam" and "adamw"; for "sgd" 0.5 for a network of '
-    "parameters with BatchNorm, 0.1 for another network with BatchNorm and 0.05 without.",
+    learning_rate_init=AUTO_LEARNING_RATE,
     image_shape="Flat rows of s² or 3s² features with s >= 8 are taken for square images without "
     "it; other rows for images of one pixel, on which a convolution is a dense layer.",
     precision='"auto" is bfloat16 where the hardware computes in it, else float32.',
@@ -162,12 +158,3 @@ class CNNClassifier(ConvolutionalEstimator, TorchClassifier):
         self.device = device
         self.precision = precision
         self.skorch_callbacks = skorch_callbacks
-
-    def _resolve_learning_rate(self, module: nn.Module) -> float:
-        if self.learning_rate_init != "auto":
-            return self.learning_rate_init
-        if self.solver != "sgd":
-            return 1e-3
-        if not has_batch_norm(module):
-            return 0.05
-        return 0.5 if isinstance(module, ConvolutionalNetwork) else 0.1

@@ -58,7 +58,8 @@ _BYTES_STORED_AT_ONCE = 64 * 2**20
         "mean_": """
             mean_, scale_ : ndarray of shape (n_channels,) or None
                 What is subtracted and divided by, in the units of X; grey images have three
-                channels by then, but not to a callable backbone. None where pixels are taken as they are.
+                channels by then, but not to a callable backbone. None where pixels are taken as
+                they are.
         """,
     },
     without=(
@@ -268,8 +269,7 @@ class PretrainedFeatures(TorchEncoder):
             with skeleton_construction(factory, arguments):
                 module = factory(**arguments)
             load_weights(module.network, read_state_dict(self._find_weights()), self.weights)
-        module = module.to(device, Precision(attributes["dtype_"]).weights)
-        return module.to(memory_format=torch.channels_last)
+        return self._placed(module, device, Precision(attributes["dtype_"]).weights)
 
     def _find_weights(self) -> str | os.PathLike[str]:
         if self.weights != "imagenet":
@@ -282,7 +282,7 @@ class PretrainedFeatures(TorchEncoder):
         return fetch_checkpoint(self.backbone, self.data_home, verbose=bool(self.verbose))
 
     def _count_features(self, attributes: dict[str, Any], rows: Tensor) -> int:
-        view = self._view(attributes, attributes["module_"])
+        view = self._view(attributes)
         return view._outputs_of(rows[:1], torch.float32).shape[1]
 
     # -- images ------------------------------------------------------------------------------------

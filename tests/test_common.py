@@ -1,9 +1,12 @@
 """scikit-learn's own checks on every class, with default and other parameters."""
 
+from functools import partial
+
 import pytest
 import torch
-from sklearn.base import clone
+from sklearn.base import clone, is_classifier
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NeighborhoodComponentsAnalysis
 from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import (
     check_dataframe_column_names_consistency,
@@ -14,7 +17,14 @@ from sklearn.utils.estimator_checks import (
 )
 
 import skcifar
-from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression
+from skcifar import (
+    CNNClassifier,
+    FineTunedClassifier,
+    MLPClassifier,
+    PretrainedFeatures,
+    SoftmaxRegression,
+    TripletEmbedder,
+)
 
 
 class GroupNormNetwork(torch.nn.Sequential):
@@ -31,6 +41,21 @@ class GroupNormNetwork(torch.nn.Sequential):
         )
 
 
+class SmallBackbone(torch.nn.Sequential):
+    """A feature extractor whose stem takes any number of channels."""
+
+    def __init__(self, image_shape):
+        super().__init__(
+            torch.nn.Conv2d(image_shape[2], 16, 3, padding=1),
+            torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(2),
+        )
+
+
+def small_features(**parameters):
+    return PretrainedFeatures(SmallBackbone, weights=None, image_size=None, **parameters)
+
+
 # Checks that scikit-learn runs on its own estimators only.
 KEPT_FOR_ITSELF = [
     check_dataframe_column_names_consistency,
@@ -44,6 +69,7 @@ LOW_PRECISION = "float32 or bfloat16 arithmetic: equal to rounding, not to 1e-7"
 MINI_BATCHES = "batch_size < n_samples: repeated rows fall into other batches"
 BATCH_NORM = "BatchNorm and bfloat16: a row's output depends on its batch"
 DROPOUT = "dropout draws a mask for every row"
+ENCODER = "float32 or bfloat16 arithmetic, and an encoder that is fitted without weights"
 
 INSTANCES = [
     (SoftmaxRegression(random_state=0), None),
@@ -96,6 +122,41 @@ INSTANCES = [
         CNNClassifier(architecture=GroupNormNetwork, precision="bfloat16", random_state=0),
         LOW_PRECISION,
     ),
+    (TripletEmbedder(random_state=0), None),
+    (
+        TripletEmbedder(
+            4,
+            mining="all",
+            p=1.0,
+            channels=(16,),
+            batch_norm=False,
+            sampler="balanced",
+            batch_size=16,
+            precision="float64",
+            random_state=0,
+        ),
+        None,
+    ),
+    (
+        TripletEmbedder(
+            8, loss="supcon", channels=(16,), normalize_embedding=True, tta=True, random_state=0
+        ),
+        None,
+    ),
+    (small_features(random_state=0), None),
+    (small_features(layer="0", precision="float64", batch_size=7, random_state=0), None),
+    (FineTunedClassifier(small_features(), random_state=0), ENCODER),
+    (
+        FineTunedClassifier(
+            TripletEmbedder(8, channels=(16, 32), max_iter=5),
+            (16,),
+            trainable="head",
+            learning_rate_init=0.01,
+            max_iter=30,
+            random_state=0,
+        ),
+        ENCODER,
+    ),
 ]
 REASONS = {id(estimator): reason for estimator, reason in INSTANCES}
 
@@ -117,20 +178,33 @@ def test__scikit_learns_checks__pass(estimator, check):
 
 @pytest.mark.parametrize("estimator", [estimator for estimator, _ in INSTANCES], ids=str)
 def test__checks__are_all_run_and_none_is_tagged_away(estimator):
-    assert len(list(estimator_checks_generator(estimator))) >= 62
+    classifies = is_classifier(estimator)
+    assert len(list(estimator_checks_generator(estimator))) >= (62 if classifies else 47)
     tags = get_tags(estimator)
-    defaults = get_tags(LogisticRegression())
-    assert tags.classifier_tags.poor_score == defaults.classifier_tags.poor_score
+    defaults = get_tags(LogisticRegression() if classifies else NeighborhoodComponentsAnalysis())
+    if classifies:
+        assert tags.classifier_tags.poor_score == defaults.classifier_tags.poor_score
     assert tags.input_tags.two_d_array == defaults.input_tags.two_d_array
     for name in ("non_deterministic", "no_validation", "_skip_test"):
         assert getattr(tags, name) == getattr(defaults, name)
 
 
+# With all defaults but the seed, and what it cannot do without or would download.
+DEFAULTS = {
+    CNNClassifier: CNNClassifier,
+    MLPClassifier: MLPClassifier,
+    SoftmaxRegression: SoftmaxRegression,
+    TripletEmbedder: TripletEmbedder,
+    PretrainedFeatures: small_features,
+    FineTunedClassifier: partial(FineTunedClassifier, small_features()),
+}
+
+
 def test__every_public_class__is_checked():
     public = {getattr(skcifar, name) for name in skcifar.__all__}
-    assert {type(estimator) for estimator, _ in INSTANCES} == public
-    for cls in public:  # each by its defaults too, but for the seed
-        assert any(repr(clone(e)) == repr(cls(random_state=0)) for e, _ in INSTANCES)
+    assert {type(estimator) for estimator, _ in INSTANCES} == public == set(DEFAULTS)
+    for default in DEFAULTS.values():
+        assert any(repr(clone(e)) == repr(default(random_state=0)) for e, _ in INSTANCES)
 
 
 def test__weights_equal_repetition__in_float64_without_exception():
@@ -142,4 +216,7 @@ def test__weights_equal_repetition__in_float64_without_exception():
 @pytest.mark.parametrize("name", sorted(skcifar.__all__))
 @pytest.mark.parametrize("check", KEPT_FOR_ITSELF, ids=lambda check: check.__name__)
 def test__checks_that_scikit_learn_keeps_for_itself__pass(name, check):
-    check(name, getattr(skcifar, name)(random_state=0, max_iter=2))
+    estimator = DEFAULTS[getattr(skcifar, name)](random_state=0)
+    if "max_iter" in estimator.get_params(deep=False):
+        estimator.set_params(max_iter=2)
+    check(name, estimator)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -15,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 import skcifar.__main__ as command_line
+from skcifar import PretrainedFeatures
 from skcifar.__main__ import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -106,7 +108,7 @@ def test__process__wrong_model_is_one_line_and_status_2():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "skcifar: error: argument --models: unknown model 'forest'; choose from softmax, mlp, cnn, "
-        "sklearn-logistic, sklearn-mlp, dummy\n"
+        "triplet, finetuned, alexnet, resnet18, sklearn-logistic, sklearn-mlp, dummy\n"
     )
 
 
@@ -175,11 +177,33 @@ def test__seed_and_device__reach_every_model(models, small_mnist):
     assert [tree[-1].random_state for tree in built] == [7, 7, 8]
 
 
-@pytest.mark.parametrize("name", ["softmax", "mlp", "cnn"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "mlp", "cnn", "triplet", "finetuned", "alexnet", "resnet18"]
+)
 def test__own_models__are_built_for_the_device(name):
     estimator = command_line.MODELS[name]("cuda:1")
-    assert estimator.get_params()["device"] == "cuda:1"
-    assert type(estimator).__module__.split(".")[0] == "skcifar"
+    parameters = estimator.get_params()
+    devices = {key: value for key, value in parameters.items() if key.split("__")[-1] == "device"}
+    assert devices and set(devices.values()) == {"cuda:1"}
+
+
+def one_convolution(image_shape):
+    return torch.nn.Conv2d(image_shape[2], 3, 1)
+
+
+def test__features__are_stored_below_the_data_home(models, small_mnist, tmp_path):
+    built = []
+
+    def build(device):
+        features = PretrainedFeatures(one_convolution, weights=None, image_size=None, device=device)
+        built.append(make_pipeline(features, DecisionTreeClassifier(max_depth=3)))
+        return built[-1]
+
+    models["features"] = build
+    arguments = ["--data", "mnist", "--models", "features", "--data-home", str(tmp_path)]
+    assert main(["compare", *arguments, "--cv", "2", "--quiet"]) == 0
+    assert built[0][0].data_home == str(tmp_path)
+    assert list((tmp_path / "skcifar-features").iterdir())
 
 
 def test__warnings__are_one_line_each(models, capsys, recwarn):

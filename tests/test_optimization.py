@@ -8,7 +8,13 @@ import torch
 from sklearn.datasets import load_digits
 
 from skcifar import MLPClassifier
-from skcifar._optimization import ClassificationLoss, probabilities
+from skcifar._optimization import (
+    ClassificationLoss,
+    LearningRates,
+    Recipe,
+    make_optimizer,
+    probabilities,
+)
 
 TORCH = torch.Generator().manual_seed(0)
 
@@ -138,3 +144,70 @@ def test__weight_decay_of_adamw__shrinks_weights_beside_the_gradient(digits):
         model.partial_fit(X, y, classes=np.arange(10)).module_.head.weight for model in models
     )
     torch.testing.assert_close(decayed - plain, -1e-2 * 0.5 * start)
+
+
+def recipe(**parameters):
+    """Plain descent, but for what is given."""
+    defaults = MLPClassifier(learning_rate="constant", solver="sgd", momentum=0.0).get_params()
+    names = Recipe.__dataclass_fields__
+    chosen = {name: value for name, value in defaults.items() if name in names}
+    chosen |= {"alpha_over_data": False, "batch_size": 1}
+    return Recipe(**chosen | parameters)
+
+
+def two_part_network():
+    return torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 2), "head": torch.nn.Linear(2, 1)})
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0])
+def test__rate_factors__make_groups_whose_order_does_not_depend_on_the_factor(factor):
+    network = two_part_network()
+    optimizer = make_optimizer(
+        network, recipe(learning_rate_init=0.5, rate_factors=(("encoder.", factor),))
+    )
+    LearningRates(recipe(learning_rate_init=0.5), optimizer, n_rows=1, n_steps=1)._set(0.2)
+    found = [
+        ([id(p) for p in g["params"]], g["lr"], g["penalised"]) for g in optimizer.param_groups
+    ]
+    assert found == [
+        ([id(network["head"].weight)], 0.2, True),
+        ([id(network["head"].bias)], 0.2, False),
+        ([id(network["encoder"].weight)], pytest.approx(0.2 * factor), True),
+        ([id(network["encoder"].bias)], pytest.approx(0.2 * factor), False),
+    ]
+
+
+def test__state_of_other_parameters__is_not_taken_up():
+    network = two_part_network()
+    optimizer = make_optimizer(network, recipe(solver="adam"))
+    sum(p.sum() for p in network.parameters()).backward()
+    optimizer.step()
+    rates = LearningRates(recipe(solver="adam"), optimizer, n_rows=1, n_steps=1)
+    state = {"optimizer": optimizer.state_dict()["state"], "rates": rates.state()}
+
+    same = make_optimizer(network, recipe(solver="adam"))
+    LearningRates(recipe(solver="adam"), same, n_rows=1, n_steps=1, state=state)
+    assert len(same.state) == 4
+    assert same.state[network["head"].weight]["exp_avg"].shape == (1, 2)
+
+    other = make_optimizer(torch.nn.Linear(5, 4), recipe(solver="adam"))
+    LearningRates(recipe(solver="adam"), other, n_rows=1, n_steps=1, state=state)
+    assert not other.state
+
+
+def test__state_in_another_memory_format__is_laid_out_as_the_parameters_are():
+    convolution = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(convolution, recipe(momentum=0.9))
+    convolution(torch.ones(1, 3, 4, 4)).square().sum().backward()
+    optimizer.step()
+    rates = LearningRates(recipe(), optimizer, n_rows=1, n_steps=1)
+    kept = {
+        i: {key: value.contiguous() for key, value in values.items()}
+        for i, values in optimizer.state_dict()["state"].items()
+    }
+    again = make_optimizer(convolution, recipe(momentum=0.9))
+    state = {"optimizer": kept, "rates": rates.state()}
+    LearningRates(recipe(), again, n_rows=1, n_steps=1, state=state)
+    buffer = again.state[convolution.weight]["momentum_buffer"]
+    assert buffer.stride() == convolution.weight.stride()
+    torch.testing.assert_close(buffer, optimizer.state[convolution.weight]["momentum_buffer"])
