@@ -386,6 +386,14 @@ def test__batch_size__is_of_no_consequence(image_size):
         assert_equal_relatively(found, expected, 1e-6)
 
 
+def test__batch_size_auto__falls_with_the_size_of_the_images():
+    most = {}
+    for image_size in (None, 32, 448):
+        model = small(image_size=image_size, device="cpu").fit(IMAGES)
+        most[image_size] = model._rows_of_a_forward_pass()[0]
+    assert most == {None: 1024, 32: 16 * 7**2, 448: 4}
+
+
 def test__forward_passes__are_of_batch_size_images():
     model = small(backbone=Fragile, batch_size=4).fit(IMAGES)
     Fragile.tried.clear()
@@ -424,7 +432,8 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("with_memory", [False, True])
 def test__out_of_memory__halves_the_batches(error, image_size, with_memory, tmp_path):
     X = RNG.integers(0, 256, (50, 12, 12, 3), dtype=np.uint8)
-    parameters = {"image_size": image_size, "memory": tmp_path if with_memory else None}
+    memory = tmp_path if with_memory else None
+    parameters = {"image_size": image_size, "memory": memory, "batch_size": 128}
     expected = small(image_size=image_size).fit_transform(X)
     model = small(backbone=partial(Fragile, most=9, error=error), **parameters).fit(X)
     Fragile.tried.clear()
