@@ -70,7 +70,7 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
     encoder : TripletEmbedder, PretrainedFeatures or FrozenEstimator of such
         The first is cloned and fitted in fit, without sample weights. Of a
         `sklearn.frozen.FrozenEstimator` the fitted weights are copied, so that it stays as it is;
-        its own parameters cannot be searched then.
+        its own parameters cannot be searched then. Its `tta` is for its own transform.
     hidden_layer_sizes : array-like of int, default=()
         Widths of the dense layers between the encoder and the output.
     trainable : "all", "head" or list of str, default="all"

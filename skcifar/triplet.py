@@ -72,6 +72,8 @@ _LEFT_OUT = ("loss", "label_smoothing", "class_weight", "scoring")
     },
     without=("classes_", "n_outputs_"),
     learning_rate_init=AUTO_LEARNING_RATE,
+    tol='The loss of mining="all" may rise while fewer and fewer triplets are left: let '
+    "`early_stopping` end such a schedule.",
     shuffle="False takes them as they lie, whatever the `sampler`.",
     random_state="The triplets have one too.",
     image_shape="Flat rows of s² or 3s² features with s >= 8 are taken for square images without "
