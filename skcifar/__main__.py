@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 def _pretrained(backbone: str, device: str) -> BaseEstimator:
     return make_pipeline(
-        PretrainedFeatures(backbone, device=device, verbose=True),
+        PretrainedFeatures(backbone, device=device),
         StandardScaler(),
         MLPClassifier(device=device),
     )
@@ -294,10 +294,11 @@ def _estimators(arguments: argparse.Namespace) -> dict[str, BaseEstimator]:
 
 
 def _configured(estimator: BaseEstimator, arguments: argparse.Namespace) -> BaseEstimator:
-    """Set the seed, and where weights and features are kept, wherever there are such parameters."""
+    """Set the seed, and of pretrained features where they are kept and whether they report."""
     values = {
         "random_state": arguments.seed,
         "data_home": arguments.data_home,
+        "pretrainedfeatures__verbose": not arguments.quiet,
         # one pass over the images, not one for each fold
         "pretrainedfeatures__memory": Path(get_data_home(arguments.data_home)) / "skcifar-features",
     }
