@@ -134,7 +134,7 @@ class TorchEstimator(BaseEstimator):
     def _guess_image_shape(self, rows: Tensor) -> tuple[int, int, int]:
         """Of flat rows: square images to a network of convolutions, where the length allows."""
         n_features = rows.shape[1]
-        square = _square_image(n_features) if self._convolutional else None
+        square = square_image(n_features) if self._convolutional else None
         if square is None:
             return 1, 1, n_features
         sample = rows[:1000]
@@ -314,7 +314,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on the CPU
 
 
-def _square_image(n_features: int) -> tuple[int, int, int] | None:
+def square_image(n_features: int) -> tuple[int, int, int] | None:
     """Shape of the grey or colour image of 8 x 8 pixels or more that has so many features."""
     for channels in (1, 3):
         side = math.isqrt(n_features // channels)

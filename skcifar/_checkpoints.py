@@ -93,7 +93,7 @@ def _sha256(path: Path, mtime_ns: int) -> str:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Tensors by name, from a file of torch's or of safetensors; nothing is unpickled.
+    """Tensors by name, from a file of torch's or of safetensors, running no code.
 
     Raises
     ------

@@ -386,9 +386,15 @@ def _named_module(network: nn.Module, name: str) -> nn.Module:
     )
 
 
-def _listed(module: nn.Module, prefix: str = "", at_most: int = 24) -> str:
+def _listed(
+    module: nn.Module, prefix: str = "", at_most: int = 24, with_weights: bool = False
+) -> str:
     """Names of a module's own parts for a message, those in the middle of many left out."""
-    names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_children()]
+    names = [
+        f"{prefix}.{name}" if prefix else name
+        for name, part in module.named_children()
+        if not with_weights or any(True for _ in part.parameters())
+    ]
     if len(names) > at_most:
         names[at_most - 1 : -1] = ["..."]
     return ", ".join(names) or "none"
@@ -474,8 +480,8 @@ class FineTunedNetwork(nn.Module):
             if not any(_lies_within(name, prefix) for name in parameters):
                 raise ValueError(
                     f"trainable holds {prefix!r}, but no parameter of {type(network).__name__} "
-                    f"is named so; its parts are {_listed(network)}. Parts of parts are named "
-                    "with dots, such as 'layer4.1'."
+                    f"is named so; its parts are {_listed(network, with_weights=True)}. Parts of "
+                    "parts are named with dots, such as 'layer4.1' of a ResNet."
                 )
         self.head.requires_grad_(True)
         for name, parameter in parameters.items():

@@ -103,7 +103,7 @@ _PARAMETERS = """\
 channels : sequence of int or of sequences of int, default={default}
     Stages of the network: the width of a stage's convolution, or the widths of its
     convolutions. A stage ends with a 2x2 max pooling behind its last convolution, before
-    BatchNorm and activation.
+    BatchNorm and activation; a side of one pixel is not pooled.
 hidden_layer_sizes : array-like of int, default={default}
     Widths of the dense layers before the output.
 kernel_size : odd int or sequence of such, default={default}
@@ -244,11 +244,9 @@ image_shape_ : tuple of int
 mean_, scale_ : ndarray of shape (n_channels,) or None
     What is subtracted and divided by, in the units of X; None without normalisation.
 n_iter_ : int
-    Epochs trained, or iterations of solver="lbfgs", over all calls of partial_fit and of fit
-    with `warm_start`.
+    Epochs trained, over all calls of partial_fit and of fit with `warm_start`.
 history_ : list of dict
-    A row an epoch: epoch, losses, accuracies, validation score, learning rate, seconds; of
-    solver="lbfgs" a row an iteration, without training accuracy and learning rate.
+    A row an epoch: epoch, losses, accuracies, validation score, learning rate, seconds.
     `pandas.DataFrame(history_)` shows it.
 loss_ : float
     Loss of the last epoch, penalty included.
@@ -271,7 +269,7 @@ t_ : int
 dtype_ : str
     The precision used.
 device_ : str
-    The device trained on.
+    The device computed on.
 skorch_callbacks_ : list
     The callbacks as trained."""
 

@@ -70,13 +70,16 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
     encoder : TripletEmbedder, PretrainedFeatures or FrozenEstimator of such
         The first is cloned and fitted in fit, without sample weights. Of a
         `sklearn.frozen.FrozenEstimator` the fitted weights are copied, so that it stays as it is;
-        its own parameters cannot be searched then. Its `tta` is for its own transform.
+        its own parameters cannot be searched then. Its `tta` is for its own transform, and its
+        `verbose` for its own fit.
     hidden_layer_sizes : array-like of int, default=()
         Widths of the dense layers between the encoder and the output.
     trainable : "all", "head" or list of str, default="all"
         What is trained: all weights, those of the dense layers alone, or these and the parts of
-        the encoder's network that are listed, such as ["layer4"]. The rest stays in evaluation
-        mode.
+        the encoder's network that are listed, by their names in `encoder_.module_.network`: layer1
+        to layer4 of a ResNet, features, dense and head of a TripletEmbedder's network. The rest
+        stays in evaluation mode. With "head" and no augmentation (`translate=0`) each image goes
+        through the encoder once, not once an epoch.
     encoder_learning_rate : float or "auto", default="auto"
         Initial learning rate of the encoder's weights, which follows the same schedule; "auto" is
         a tenth of `learning_rate_init`.

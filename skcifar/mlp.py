@@ -21,6 +21,8 @@ from skcifar._parameters import document_parameters, share
     image_shape="Of use here only for statistics per channel.",
     precision='"auto" is float64 for float64 rows on the CPU, else float32.',
     skorch_callbacks='solver="lbfgs" calls none.',
+    n_iter_='Iterations of solver="lbfgs".',
+    history_='Of solver="lbfgs" a row an iteration, without training accuracy and learning rate.',
 )
 class MLPClassifier(TorchClassifier):
     """Multilayer perceptron with the parameters of scikit-learn's.

@@ -271,7 +271,7 @@ class _Study:
             "fit_seconds": results["fit_time"].mean(),
             "predict_seconds": results["score_time"].mean(),
         }
-        fitted = [_final_estimator(estimator) for estimator in results["estimator"]]
+        fitted = [_fitted_model(estimator) for estimator in results["estimator"]]
         # scikit-learn has a number, or an array with one for each class.
         epochs = [np.max(m.n_iter_) for m in fitted if getattr(m, "n_iter_", None) is not None]
         if len(epochs) == len(fitted):
@@ -312,15 +312,21 @@ def _describe(estimator: BaseEstimator) -> str:
         return " ".join(repr(estimator).split())
 
 
-def _final_estimator(estimator: Any) -> Any:
-    """Reach through Pipelines and searches to the fitted model that has the history."""
-    while True:
-        if isinstance(estimator, Pipeline):
-            estimator = estimator[-1]
-        elif hasattr(estimator, "best_estimator_"):
-            estimator = estimator.best_estimator_
-        else:
-            return estimator
+def _fitted_model(estimator: Any) -> Any:
+    """Reach through Pipelines and searches to the fitted model that has the history.
+
+    Of a Pipeline that is its last step with a history, or, where none has one, its last step.
+    """
+    if isinstance(estimator, Pipeline):
+        models = [_fitted_model(step) for _, step in reversed(estimator.steps)]
+        return next((model for model in models if _has_history(model)), models[0])
+    if hasattr(estimator, "best_estimator_"):
+        return _fitted_model(estimator.best_estimator_)
+    return estimator
+
+
+def _has_history(model: Any) -> bool:
+    return hasattr(model, "history_") or hasattr(model, "loss_curve_")
 
 
 def _epoch_records(model: Any) -> list[dict[str, Any]]:

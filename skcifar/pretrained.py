@@ -18,6 +18,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
 from skcifar._architectures import BACKBONES
+from skcifar._base import square_image
 from skcifar._checkpoints import digest_of, fetch_checkpoint, load_weights, read_state_dict
 from skcifar._device import (
     Precision,
@@ -108,7 +109,8 @@ class PretrainedFeatures(TorchEncoder):
         layer and size by this or another estimator or process is not computed again, so that a
         cross-validation runs the network once for each image, not once for each fold. Entries are
         checked; damaged ones are computed again. A callable backbone is known by its name, weights
-        and printed layers.
+        and printed layers. With `weights=None` give `random_state` too, or each fit draws other
+        weights and finds nothing.
     cache_size : int, default=4_000_000_000
         Bytes that the store may take; what was stored first leaves first.
     normalize : "auto" or bool, default="auto"
@@ -291,6 +293,12 @@ class PretrainedFeatures(TorchEncoder):
         return view._outputs_of(rows[:1], torch.float32).shape[1]
 
     # -- images ------------------------------------------------------------------------------------
+
+    def _guess_image_shape(self, rows: Tensor) -> tuple[int, int, int]:
+        square = square_image(rows.shape[1])
+        if square is not None and isinstance(self.backbone, str):
+            return square  # no guess that wants a warning: ImageNet's networks read images only
+        return super()._guess_image_shape(rows)
 
     def _check_images(self, shape: tuple[int, int, int]) -> None:
         if not isinstance(self.backbone, str):

@@ -60,10 +60,6 @@ _LEFT_OUT = ("loss", "label_smoothing", "class_weight", "scoring")
                 one is of their class, the negative loss, or `scoring(embedder, X, y)`, such as
                 `skcifar.metrics.map_at_r_scorer`.
         """,
-        "n_iter_": """
-            n_iter_ : int
-                Epochs trained, over all calls of partial_fit and of fit with `warm_start`.
-        """,
         "history_": """
             history_ : list of dict
                 A row an epoch: epoch, losses, validation score, learning rate, seconds.

@@ -335,6 +335,26 @@ def test__histories__have_a_row_for_each_model_fold_and_epoch():
     assert (histories["train_loss"] * histories["epoch"]).eq(1).all()
 
 
+class RecordedScaler(StandardScaler):
+    """A transformer that is trained in epochs."""
+
+    def fit(self, X, y=None):
+        self.n_iter_ = 5
+        self.history_ = [{"train_loss": 0.5}] * 5
+        return super().fit(X, y)
+
+
+def test__pipeline__tells_of_its_last_step_with_a_history():
+    models = {
+        "transformer": make_pipeline(RecordedScaler(), GaussianNB()),
+        "both": make_pipeline(RecordedScaler(), Recorded()),
+    }
+    table = compare(models, X, Y, cv=2)
+    assert table["epochs"].tolist() == [5, 2]
+    histories = pd.DataFrame(table.attrs["histories"])
+    assert histories.groupby("model").size().to_dict() == {"transformer": 10, "both": 4}
+
+
 def test__model_without_history__gives_its_loss_curve():
     mlp = MLPClassifier((3,), max_iter=4, learning_rate_init=0.1, tol=10, n_iter_no_change=2)
     mlp.set_params(random_state=0)
