@@ -9,7 +9,7 @@ LeNet-5 57%.
     python benchmarks/bench_finetuning.py            # LeNet-5, 10,000 images, a tenth of the steps
     python benchmarks/bench_finetuning.py --full     # VGG-16, 50,000 images, all steps: for a GPU
 
-The first takes 8 minutes on two cores. Test accuracies are on the official test split.
+The first takes 3 minutes on two cores. Test accuracies are on the official test split.
 """
 
 from __future__ import annotations

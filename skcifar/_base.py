@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -42,6 +43,7 @@ class TorchEstimator(BaseEstimator):
     """
 
     _convolutional = False
+
     # -- rows --------------------------------------------------------------------------------------
 
     def _validate_rows(
@@ -76,6 +78,19 @@ class TorchEstimator(BaseEstimator):
             X = validate_data(self, X, reset=False)
         return as_tensor(X), y, shape
 
+    @contextmanager
+    def _input_kept_on_failure(self) -> Iterator[None]:
+        """Let what a fit that fails has learned of its input be as it was before."""
+        names = ("n_features_in_", "feature_names_in_")
+        before = {name: vars(self)[name] for name in names if name in vars(self)}
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            for name in set(names) - set(before):
+                self.__dict__.pop(name, None)
+            raise
+
     def _flatten(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
         """Images (n, height, width[, channels]), or as `layout` has them, as rows."""
         if X.ndim > 4:
@@ -107,7 +122,7 @@ class TorchEstimator(BaseEstimator):
             )
         if y is not None:
             check_consistent_length(X, y)
-        return X.detach()
+        return X.detach().float() if X.dtype == torch.bfloat16 else X.detach()
 
     def _resolve_image_shape(
         self, rows: Tensor, given_shape: tuple[int, int, int] | None
@@ -279,17 +294,19 @@ class TorchEstimator(BaseEstimator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "module_" in state:
-            factory, arguments = state["_architecture"]
-            device = device_or_cpu(state["device_"])
-            state["device_"] = str(device)
-            with skeleton_construction(factory, arguments):
-                module = factory(**arguments)
-            weights = _to_tensors(state["module_"])
-            module.load_state_dict(weights, assign=True)
-            state["module_"] = self._placed(module, device).eval()
+            state["device_"] = str(device_or_cpu(state["device_"]))
+            state["module_"] = self._restored_module(state)
             if "_training_state" in state:
                 state["_training_state"] = _to_tensors(state["_training_state"])
         super().__setstate__(state)
+
+    def _restored_module(self, state: Mapping[str, Any]) -> nn.Module:
+        """The module of a pickled state, on its device."""
+        factory, arguments = state["_architecture"]
+        with skeleton_construction(factory, arguments):
+            module = factory(**arguments)
+        module.load_state_dict(_to_tensors(state["module_"]), assign=True)
+        return self._placed(module, device_or_cpu(state["device_"])).eval()
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "module_")

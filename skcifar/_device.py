@@ -18,6 +18,7 @@ _construction_lock = threading.Lock()
 # Rows read at once where the whole of X is passed through (statistics): a block of CIFAR-10 stays
 # in the processor's cache, and sums of so many squares of bytes are exact in float32.
 _BLOCK_ROWS = 256
+
 # -- devices and precision -------------------------------------------------------------------------
 
 

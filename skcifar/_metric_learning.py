@@ -317,8 +317,9 @@ def balanced_batches(
 
     A batch [1]_ has ``max(2, batch_size // n_per_class)`` classes, drawn without replacement
     among those present, and `n_per_class` rows of each. Where fewer classes are present it has
-    all of them, with ``batch_size // n_classes`` rows of each. A class of fewer rows gives all
-    that it has. No row comes twice in a batch, and none comes again before all of its class have.
+    all of them, with ``batch_size // n_classes`` rows of each; where all classes are smaller than
+    `n_per_class`, it has more of them. A class of fewer rows gives all that it has. No row comes
+    twice in a batch, and none comes again before all of its class have.
 
     Parameters
     ----------
@@ -354,6 +355,7 @@ def balanced_batches(
     """
     values, by_class = targets.cpu().sort(stable=True)
     sizes = torch.unique_consecutive(values, return_counts=True)[1].tolist()
+    n_per_class = min(n_per_class, max(sizes))
     n_classes = max(2, batch_size // n_per_class)
     if len(sizes) < n_classes:
         n_classes, n_per_class = len(sizes), batch_size // len(sizes)

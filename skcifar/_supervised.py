@@ -42,7 +42,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
     _parameter_constraints: dict = CONSTRAINTS
     _alpha_over_data = False
     # Fitted attributes that are decided in the first fit or partial_fit.
-    _lasting: tuple[str, ...] = ("image_shape_", "mean_", "scale_", "dtype_", "_architecture")
+    _decided_once: tuple[str, ...] = ("image_shape_", "mean_", "scale_", "dtype_", "_architecture")
 
     def _fit(
         self,
@@ -55,6 +55,19 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
     ) -> Self:
         context = self._init_callback_context(max_subtasks=self._count_subtasks())
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
+        with self._input_kept_on_failure():
+            return self._fit_in(context, X, y, sample_weight, X_val, y_val, sample_weight_val)
+
+    def _fit_in(
+        self,
+        context: Any,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        X_val: Any,
+        y_val: Any,
+        sample_weight_val: Any,
+    ) -> Self:
         going_on = self.warm_start and hasattr(self, "module_")
         job, attributes = self._prepare(
             X,
@@ -66,7 +79,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             going_on=going_on,
             context=context,
         )
-        self._report_epochs(context, job, attributes, X, y)
+        self._report_epochs(context, job, attributes, X, y, sample_weight)
         result = train(job)
         self._adopt(job, attributes, result, going_on=going_on, keep_state=self.warm_start)
         context.call_on_fit_task_end(estimator=self, X=X, y=y, reconstruction_attributes={})
@@ -76,10 +89,11 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         self, X: Any, y: Any, sample_weight: Any = None, classes: np.ndarray | None = None
     ) -> Self:
         going_on = hasattr(self, "module_")
-        job, attributes = self._prepare(
-            X, y, sample_weight, going_on=going_on, incremental=True, classes=classes
-        )
-        return self._adopt(job, attributes, train(job), going_on=going_on, keep_state=True)
+        with self._input_kept_on_failure():
+            job, attributes = self._prepare(
+                X, y, sample_weight, going_on=going_on, incremental=True, classes=classes
+            )
+            return self._adopt(job, attributes, train(job), going_on=going_on, keep_state=True)
 
     def _prepare(
         self,
@@ -119,7 +133,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         attributes["dtype_"] = self.dtype_ if going_on else self._precision(rows, device)
         samples = samples_of(rows, codes, weight, index, device, attributes["dtype_"])
         if going_on:
-            attributes |= {name: getattr(self, name) for name in self._lasting}
+            attributes |= {name: getattr(self, name) for name in self._decided_once}
             module = copy.deepcopy(self.module_)
         else:
             attributes |= self._reading(samples, given_shape, y, seeds, context)
@@ -197,7 +211,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             "validation_scores_": scores or None,
             # with early stopping that of the weights restored
             "best_validation_score_": result.best_score if early else max(scores, default=None),
-            "t_": len(result.history) * len(job.train) + (self.t_ if going_on else 0),
+            "t_": result.n_rows_seen + (self.t_ if going_on else 0),
             "n_parameters_": sum(p.numel() for p in module.parameters()),
             "skorch_callbacks_": result.skorch_callbacks,
         }
@@ -343,10 +357,18 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         return self._resolve_max_iter()
 
     def _report_epochs(
-        self, context: Any, job: TrainingJob, attributes: dict[str, Any], X: Any, y: Any
+        self,
+        context: Any,
+        job: TrainingJob,
+        attributes: dict[str, Any],
+        X: Any,
+        y: Any,
+        sample_weight: Any,
     ) -> None:
         """Let scikit-learn's callbacks follow the epochs."""
         current: list[Any] = []
+        # what they hand on to scorers, so nothing that scorers do not take
+        metadata = None if sample_weight is None else {"sample_weight": sample_weight}
         view = self._view(attributes)
 
         def begin() -> None:
@@ -358,7 +380,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
                 estimator=self,
                 X=X,
                 y=y,
-                metadata=row,
+                metadata=metadata,
                 reconstruction_attributes=lambda: vars(view),
             )
 

@@ -147,12 +147,15 @@ class TrainingResult:
         Of optimizer, learning rates and generators, with the solver they belong to.
     skorch_callbacks : list
         As trained.
+    n_rows_seen : int
+        Rows trained on, each as often as it was.
     """
 
     history: list[dict]
     best_score: float | None
     state: dict
     skorch_callbacks: list
+    n_rows_seen: int
 
 
 def train(job: TrainingJob) -> TrainingResult:
@@ -291,6 +294,7 @@ class _Net(NeuralNetClassifier):
             verbose=0,
         )
         self.job = job
+        self.n_rows_seen = 0
         self.classes_inferred_ = job.train.targets.unique().cpu().numpy()
 
     @property
@@ -369,6 +373,7 @@ class _Net(NeuralNetClassifier):
                 self.notify("on_batch_begin", batch=batch, training=training)
             step = step_fn(batch, weight=weight, weight_sum=batch_weight)
             figures.add(step, targets, weight, batch_weight)
+            self.n_rows_seen += len(targets) if training else 0
             if self.notifies_batches:
                 self.history.record_batch(prefix + "_loss", step["loss"].item())
                 self.history.record_batch(prefix + "_batch_size", len(targets))
@@ -650,6 +655,7 @@ class _Conductor(Callback):
             best_score=self.best_score,
             state=state,
             skorch_callbacks=[c for _, c in self.net.callbacks_ if c is not self],
+            n_rows_seen=self.net.n_rows_seen,
         )
 
 
@@ -693,6 +699,7 @@ def _train_lbfgs(job: TrainingJob) -> TrainingResult:
         best_score=None,
         state={"solver": job.recipe.solver, "generators": job.generators.get_state()},
         skorch_callbacks=[],
+        n_rows_seen=len(history) * len(job.train),
     )
 
 

@@ -68,7 +68,8 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
     Parameters
     ----------
     encoder : TripletEmbedder, PretrainedFeatures or FrozenEstimator of such
-        The first is cloned and fitted in fit, without sample weights. Of a
+        The first is cloned and fitted in fit (in partial_fit, to the rows of the first call),
+        without sample weights. Of a
         `sklearn.frozen.FrozenEstimator` the fitted weights are copied, so that it stays as it is;
         its own parameters cannot be searched then. Its `tta` is for its own transform, and its
         `verbose` for its own fit.
@@ -133,7 +134,10 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
         "dropout": [share],
         "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
     }
-    _lasting = (*TorchClassifier._lasting, "encoder_", "_trainable")
+    _decided_once = (
+        *TorchClassifier._decided_once,
+        *("encoder_", "_encoder_architecture", "_trainable"),
+    )
 
     def __init__(
         self,
@@ -264,7 +268,7 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
         encoder = self._plain_encoder()
         if isinstance(self.encoder, FrozenEstimator):
             check_is_fitted(encoder)
-            _check_same_images(encoder, samples, given_shape)
+            _check_same_images(encoder, self, samples, given_shape)
             encoder = copy.deepcopy(encoder)
         else:
             encoder = self._fit_encoder(clone(encoder), samples, given_shape, y, seeds, context)
@@ -291,7 +295,8 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
             images = images.reshape(-1, *shape)
         labels = y if samples.index is None else y[samples.index.cpu().numpy()]
         if context is None:
-            return encoder.fit(images, labels)
+            encoder.fit(images, labels)
+            return self._with_feature_names(encoder)
         task = context.subcontext(task_name="encoder")
         task.call_on_fit_task_begin(estimator=self, X=images, y=labels)
         if isinstance(encoder, CallbackSupportMixin):
@@ -300,6 +305,12 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
         else:  # its fit has no epochs to follow
             encoder.fit(images, labels)
         task.call_on_fit_task_end(estimator=self, X=images, y=labels)
+        return self._with_feature_names(encoder)
+
+    def _with_feature_names(self, encoder: TorchEncoder) -> TorchEncoder:
+        """Let it know the columns of X, of which it was fitted to the values alone."""
+        if hasattr(self, "feature_names_in_"):
+            encoder.feature_names_in_ = self.feature_names_in_
         return encoder
 
     def _count_subtasks(self) -> int:
@@ -347,6 +358,7 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
             for part in parts
         ]
         job.module = attributes["module_"].head
+        job.evaluation_rows = super()._rows_of_a_forward_pass()[0]
         job.train, *others = features
         job.validation = others[0] if others else None
         job.reader = BatchReader(
@@ -373,6 +385,7 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
             head = MultilayerPerceptron(**arguments)
             glorot_uniform_(head, self.activation)
         attributes["_architecture"] = (MultilayerPerceptron, arguments)  # the head's, see pickling
+        attributes["_encoder_architecture"] = attributes["encoder_"]._architecture
         attributes["_trainable"] = self.trainable
         module = FineTunedNetwork(attributes["encoder_"].module_, head, self.trainable)
         return self._placed(module, device, Precision(attributes["dtype_"]).weights)
@@ -404,29 +417,54 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
         self.encoder_: TorchEncoder = attributes["encoder_"]._with_weights_of(self)
         return self
 
-    # -- pickling: the encoder's weights are in encoder_, the head's in module_ --------------------
+    # -- pickling ----------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        # The encoder's weights are in encoder_ too, unless that was trained further by itself:
+        # then and only then they stay here as well.
         state = super().__getstate__()
-        if "module_" in state:
-            state["module_"] = {
-                name.removeprefix("head."): weights
-                for name, weights in state["module_"].items()
-                if name.startswith("head.")
-            }
+        if "module_" in state and self.encoder_.module_ is self.module_.encoder:
+            weights = state["module_"].items()
+            state["module_"] = {k: v for k, v in weights if k.startswith("head.")}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "module_" in state:
-            head = vars(self)["module_"]
-            module = FineTunedNetwork(self.encoder_.module_, head, self._trainable)
-            self.module_ = module.eval().requires_grad_(True)
+        weights = dict(state.get("module_", {}))
+        head = {k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")}
+        if "module_" not in state:
+            super().__setstate__(state)
+            return
+        super().__setstate__(state | {"module_": head})
+        encoder = self.encoder_.module_
+        if len(weights) > len(head):
+            own = {
+                "_architecture": self._encoder_architecture,
+                "device_": self.device_,
+                "module_": {
+                    k.removeprefix("encoder."): v
+                    for k, v in weights.items()
+                    if k.startswith("encoder.")
+                },
+            }
+            encoder = self._restored_module(own)
+        module = FineTunedNetwork(encoder, vars(self)["module_"], self._trainable)
+        self.module_ = module.eval().requires_grad_(True)
 
 
 def _check_same_images(
-    encoder: TorchEncoder, samples: Samples, given_shape: tuple[int, int, int] | None
+    encoder: TorchEncoder,
+    classifier: FineTunedClassifier,
+    samples: Samples,
+    given_shape: tuple[int, int, int] | None,
 ) -> None:
+    names, given_names = (
+        getattr(estimator, "feature_names_in_", None) for estimator in (encoder, classifier)
+    )
+    if names is not None and given_names is not None and list(names) != list(given_names):
+        raise ValueError(
+            "X has other column names, or in another order, than the frozen encoder was fitted "
+            f"on: {list(given_names[:3])} ... instead of {list(names[:3])} ...."
+        )
     n_features = samples.rows.shape[1]
     if n_features != encoder.n_features_in_ or given_shape not in (None, encoder.image_shape_):
         found = f"{n_features} features" if given_shape is None else f"shape {given_shape}"

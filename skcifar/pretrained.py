@@ -115,7 +115,7 @@ class PretrainedFeatures(TorchEncoder):
         Bytes that the store may take; what was stored first leaves first.
     normalize : "auto" or bool, default="auto"
         Whether to normalise with ImageNet's mean and standard deviation of each channel. "auto"
-        does so for pixels: integers within 0 to 255, and floats within 0 to 1 or 0 to 255; anything
+        does so for pixels: numbers within 0 to 1, such as booleans, or within 0 to 255; anything
         else is taken as it is.
     data_home : str, path or None, default=None
         Where `imagenet-weights/` is; scikit-learn's data home by default.
@@ -221,6 +221,10 @@ class PretrainedFeatures(TorchEncoder):
         ValueError
             When images, weights and parameters do not fit together.
         """
+        with self._input_kept_on_failure():
+            return self._load(X)
+
+    def _load(self, X: Any) -> Self:
         rows, _, given_shape = self._validate_rows(X, reset=True)
         device = resolve_device(self.device)
         precision = resolve_precision(self.precision, device, rows.dtype, convolutional=True)
@@ -323,12 +327,12 @@ class PretrainedFeatures(TorchEncoder):
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """ImageNet's mean and standard deviation, in units of the rows."""
         normalize = self.normalize
-        low, high = (0.0, 255.0) if rows.dtype == torch.uint8 else map(float, rows.aminmax())
+        low, high = map(float, rows.aminmax())
         if normalize == "auto":
             normalize = low >= 0 and high <= 255
         if not normalize:
             return None, None
-        unit = 1.0 if rows.is_floating_point() and high <= 1 else 255.0
+        unit = 1.0 if high <= 1 else 255.0
         mean, scale = _IMAGENET_MEAN * unit, _IMAGENET_SCALE * unit
         if n_channels == 3 or self._repeats_grey(n_channels):
             return mean, scale
@@ -352,9 +356,12 @@ class PretrainedFeatures(TorchEncoder):
     # -- features ----------------------------------------------------------------------------------
 
     def _features(self, rows: Tensor, dtype: torch.dtype) -> np.ndarray:
-        report = _Report(len(rows)) if self.verbose else None
+        report = _Report() if self.verbose else None
         if self.memory is None:
-            return self._outputs_of(rows, dtype, report)
+            features = self._outputs_of(rows, dtype, report)
+            if report is not None:
+                report.tell()
+            return features
         stored = torch.float64 if self.dtype_ == "float64" else torch.float32
 
         def compute(positions: np.ndarray) -> np.ndarray:
@@ -368,6 +375,8 @@ class PretrainedFeatures(TorchEncoder):
             dtype=np.float64 if stored == torch.float64 else np.float32,
             batch_size=self._rows_stored_at_once(stored.itemsize),
         )
+        if report is not None:
+            report.tell()
         return features.astype(np.float64 if dtype == torch.float64 else np.float32, copy=False)
 
     def _rows_stored_at_once(self, n_bytes: int) -> int:
@@ -394,26 +403,36 @@ def _identity(factory: Callable[..., nn.Module]) -> str:
     """Return what is the same for the same callable in every process."""
     name = getattr(factory, "__qualname__", None)
     # such as a functools.partial: what it consists of
-    return joblib.hash(factory) if name is None else f"{factory.__module__}.{name}"
+    if name is not None:
+        return f"{factory.__module__}.{name}"
+    try:
+        return joblib.hash(factory)
+    except Exception as error:  # whatever its pickling raises
+        raise ValueError(
+            f"memory= cannot tell backbone={factory!r} from others, since it does not pickle; give "
+            "a function or class of a module, or memory=None."
+        ) from error
 
 
 class _Report:
-    """Tells how far a long extraction is."""
+    """Tells how far a long extraction is; images out of the store do not count."""
 
-    def __init__(self, n_images: int) -> None:
-        self.n_images = n_images
-        self.done = 0
+    def __init__(self) -> None:
+        self.done = self.told = 0
         self.start = self.last = time.perf_counter()
 
     def __call__(self, n_more: int) -> None:
         self.done += n_more
-        now = time.perf_counter()
-        if now - self.last >= _SECONDS_BETWEEN_REPORTS or self.done == self.n_images:
-            self.last = now
-            rate = self.done / max(now - self.start, math.ulp(1))
-            print(
-                f"PretrainedFeatures: {self.done:,} of {self.n_images:,} images, "
-                f"{rate:.0f} a second",
-                file=sys.stderr,
-                flush=True,
-            )
+        if time.perf_counter() - self.last >= _SECONDS_BETWEEN_REPORTS:
+            self.tell()
+
+    def tell(self) -> None:
+        if self.told == self.done:
+            return
+        self.told, self.last = self.done, time.perf_counter()
+        rate = self.done / max(self.last - self.start, math.ulp(1))
+        print(
+            f"PretrainedFeatures: {self.done:,} images computed, {rate:.0f} a second",
+            file=sys.stderr,
+            flush=True,
+        )

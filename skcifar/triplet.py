@@ -35,10 +35,10 @@ _LEFT_OUT = ("loss", "label_smoothing", "class_weight", "scoring")
 @document_parameters(
     instead={
         "architecture": """
-            architecture : {"lenet5", "vgg11", "vgg16", "resnet18"}, callable or None, \
-                    default={default}
-                A network by name in place of the parameters above: LeNet-5 [4]_, VGG with
-                BatchNorm [5]_ or ResNet-18 with the stem for small images [6]_. A callable gets
+            architecture : str, callable or None, default={default}
+                A network by name in place of the parameters above: "lenet5" [4]_, "vgg11" or
+                "vgg16" with BatchNorm [5]_, or "resnet18" with the stem for small images [6]_. A
+                callable gets
                 `image_shape` (height, width, channels) and `n_outputs`, which is `n_components`,
                 by name and returns a `torch.nn.Module` from images (n, channels, height, width) to
                 embeddings (n, n_outputs). Its `torch.nn.Dropout` layers draw from `random_state`;
@@ -52,7 +52,8 @@ _LEFT_OUT = ("loss", "label_smoothing", "class_weight", "scoring")
         "tta": """
             tta : bool, default={default}
                 Whether transform averages the embedding over the image and its moves by one pixel
-                up and left and down and right and, with `horizontal_flip`, over their flips.
+                up and left and down and right and, with `horizontal_flip`, over their flips. So
+                do monitored scores.
         """,
         "scoring": """
             scoring : "recall_at_1", "loss" or callable, default={default}
@@ -160,7 +161,7 @@ class TripletEmbedder(TorchEncoder, ConvolutionalEstimator):
         "samples_per_class": [Interval(Integral, 2, None, closed="left")],
         "scoring": [StrOptions({"recall_at_1", "loss"}), callable],
     }
-    _lasting = (*ConvolutionalEstimator._lasting, "_n_features_out")
+    _decided_once = (*ConvolutionalEstimator._decided_once, "_n_features_out")
 
     def __init__(
         self,
@@ -319,7 +320,7 @@ class TripletEmbedder(TorchEncoder, ConvolutionalEstimator):
         X : array-like or tensor, as for fit
             Images.
         y : array-like of shape (n_samples,)
-            Labels, of any classes.
+            Labels of two classes or more, known or new.
 
         Returns
         -------
@@ -329,7 +330,7 @@ class TripletEmbedder(TorchEncoder, ConvolutionalEstimator):
         Raises
         ------
         ValueError
-            With `early_stopping=True` or a `learning_rate` schedule.
+            With labels of one class, `early_stopping=True` or a `learning_rate` schedule.
         """
         return self._partial_fit(X, y)
 
@@ -345,6 +346,17 @@ class TripletEmbedder(TorchEncoder, ConvolutionalEstimator):
 
     def _count_outputs(self, classes: np.ndarray) -> int:
         return int(self.n_components)
+
+    def _encode(
+        self, y: np.ndarray, classes: np.ndarray | None, going_on: bool, incremental: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found, codes = super()._encode(y, classes, going_on, incremental)
+        if not incremental and len(found) == len(y):
+            raise ValueError(
+                f"y has {len(y)} samples of as many classes, so no two images belong together; "
+                "TripletEmbedder needs classes of two samples or more."
+            )
+        return found, codes
 
     def _label_attributes(self, classes: np.ndarray) -> dict[str, Any]:
         return {"_n_features_out": int(self.n_components)}

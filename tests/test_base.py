@@ -14,7 +14,7 @@ import pytest
 import sklearn
 import torch
 from sklearn.base import clone
-from sklearn.callback import ProgressBar
+from sklearn.callback import ProgressBar, ScoringMonitor
 from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, log_loss, make_scorer
@@ -795,3 +795,26 @@ def test__cuda_asked_for_without_any__error_names_the_remedy(digits):
     model = pickle.loads(pickle.dumps(model))
     assert model.device_ == "cpu"
     assert model.partial_fit(X, y).n_iter_ == 2
+
+
+@every_classifier
+def test__failed_refit__leaves_what_is_known_of_the_input(name, digits):
+    X, y = digits
+    frame = pd.DataFrame(X).add_prefix("pixel")
+    model = quick(name).fit(frame, y)
+    expected = model.predict(frame)
+    with pytest.raises(ValueError, match="only one class"):
+        model.fit(X[:, :32], np.zeros(len(X)))
+    assert model.n_features_in_ == 64
+    np.testing.assert_array_equal(model.predict(frame), expected)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test__scoring_monitor__scores_every_epoch(name, digits):
+    X, y = digits
+    for weight in (None, np.ones(len(X))):
+        monitor = ScoringMonitor(scoring="accuracy")
+        model = quick(name).set_callbacks(monitor).fit(X, y, weight)
+        scores = monitor.get_logs().data_as_pandas["accuracy"]
+        assert scores.iloc[-1] == model.score(X, y)
+        assert len(scores) >= model.n_iter_

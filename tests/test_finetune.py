@@ -928,3 +928,25 @@ def test__global_generators__are_untouched(name, digits):
     np.random.seed(3)  # noqa: NPY002
     quick(name, early_stopping=True).fit(X, y).predict(X)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist()) == expected  # noqa: NPY002
+
+
+def test__encoder_trained_further_by_itself__copies_and_pickles_predict_as_before(digits):
+    X, y = digits
+    model = quick(max_iter=2).fit(X, y)
+    expected = model.decision_function(X)
+    model.encoder_.set_params(channels=(4,), n_components=3).fit(X, y % 2)
+    np.testing.assert_array_equal(model.decision_function(X), expected)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        np.testing.assert_array_equal(other.decision_function(X), expected)
+        np.testing.assert_array_equal(other.encoder_.transform(X), model.encoder_.transform(X))
+
+
+def test__column_names__reach_the_encoder_and_must_be_the_frozen_ones(digits):
+    X, y = digits
+    frame = pd.DataFrame(X).add_prefix("pixel")
+    model = quick(max_iter=1).fit(frame, y)
+    np.testing.assert_array_equal(model.encoder_.feature_names_in_, frame.columns)
+    frozen = FrozenEstimator(model.encoder_)
+    quick(encoder=frozen, max_iter=1).fit(frame, y)
+    with pytest.raises(ValueError, match="other column names, or in another order"):
+        quick(encoder=frozen, max_iter=1).fit(frame[frame.columns[::-1]], y)

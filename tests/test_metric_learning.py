@@ -451,3 +451,11 @@ def test__recall_at_1__tells_rows_apart_that_are_far_from_zero():
 def test__recall_at_1_of_one_row__is_an_error_that_says_so():
     with pytest.raises(ValueError, match="n=1; give at least 2"):
         recall_at_1(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
+
+
+def test__balanced_batches_of_small_classes__hold_more_classes():
+    targets = torch.arange(100) % 50
+    batches = balanced_batches(targets, 64, 2, 8, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in batches] == [64, 64]
+    for batch in batches:
+        assert targets[batch].unique(return_counts=True)[1].tolist() == [2] * 32

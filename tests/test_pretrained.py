@@ -460,7 +460,7 @@ def test__verbose__tells_of_progress_on_standard_error(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     told = [line.rpartition(", ")[0] for line in err.splitlines()]
-    assert told == [f"PretrainedFeatures: {done} of 5 images" for done in (2, 4, 5)]
+    assert told == [f"PretrainedFeatures: {done} images computed" for done in (2, 4, 5)]
     assert err.count(" a second\n") == 3
 
 
@@ -760,3 +760,10 @@ def test__pipelines_on_real_images__give_finite_scores(cifar10, tmp_path, image_
     search = GridSearchCV(pipeline, grid, cv=3, error_score="raise").fit(X, y)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
     assert search.score(X, y) > 0.2  # of images that were learned from
+
+
+def test__black_and_white_images__are_the_same_in_every_type():
+    X = RNG.integers(0, 2, (20, 12, 12)).astype(bool)
+    expected = small().fit_transform(X.astype(np.uint8) * 255)
+    for values in (X, X.astype(float), X.astype(np.int64), X.astype(np.uint8)):
+        assert_equal_relatively(small().fit_transform(values), expected, 1e-5)

@@ -494,7 +494,7 @@ def test__pickle_between_partial_fits__changes_nothing(name, solver, digits):
         pickled.partial_fit(X, y)
     assert_same(straight, pickled, X)
     assert straight.n_iter_ == pickled.n_iter_ == len(pickled.history_) == 3
-    assert pickled.t_ == 1200
+    assert pickled.t_ == straight.t_ >= 1200
 
 
 @every_embedder
