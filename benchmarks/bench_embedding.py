@@ -81,7 +81,7 @@ def time_step(name: str, mining: str, size: int, images: Any, repeats: int) -> l
     targets = torch.from_numpy(np.asarray(images.y, dtype=np.int64))
     ours_loss = MetricLoss("triplet", mining, generator=torch.Generator().manual_seed(0))
     contestants = {f"ours-{mining}": stepper(batch, targets, ours_loss)}
-    library, why_not = library_loss(mining, size)
+    library, library_note = library_loss(mining, size)
     if library is not None:
         contestants[f"pytorch-metric-learning-{mining}"] = stepper(batch, targets, library)
     if mining == "random":
@@ -93,11 +93,14 @@ def time_step(name: str, mining: str, size: int, images: Any, repeats: int) -> l
     results = [Result(name, "s", seconds, repeats=repeats, **about)]
     if library is None:
         results.append(
-            Result(f"{name}-library", "times faster", None, repeats=0, note=why_not, **about)
+            Result(f"{name}-library", "times faster", None, repeats=0, note=library_note, **about)
         )
     for peer_name, peer in runs.items():
         short = "naive" if peer_name == "naive loop" else "library"
-        results.append(times_faster(f"{name}-{short}", ours, peer, at_least=1.0, **about))
+        note = library_note if short == "library" else ""
+        results.append(
+            times_faster(f"{name}-{short}", ours, peer, at_least=1.0, note=note, **about)
+        )
     if mining == "random":
         share = sampling_seconds(targets) * STEPS / median_seconds(ours)
         results.append(
@@ -144,27 +147,29 @@ def naive_loss(embeddings: Tensor, targets: Tensor) -> Tensor:
 
 
 def library_loss(mining: str, size: int) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
-    """pytorch-metric-learning's loss with its miner; or None, and why."""
+    """pytorch-metric-learning's loss with its miner, and its version; or None, and why."""
     if mining == "all" and size > 256:
         return None, f"its triplets of a batch of {size} are a tensor of {size}^3 entries"
     try:
+        import pytorch_metric_learning
         from pytorch_metric_learning import distances, losses, miners
     except Exception:  # an installation that is not whole may raise anything
         return None, "pytorch-metric-learning is not installed"
+    note = f"pytorch-metric-learning {pytorch_metric_learning.__version__}"
     distance = distances.LpDistance(normalize_embeddings=False, p=2)
     if mining == "random":  # a triplet for each anchor, drawn by the loss itself
         loss = losses.TripletMarginLoss(margin=1.0, distance=distance, triplets_per_anchor=1)
-        return loss, ""
+        return loss, note
     loss = losses.TripletMarginLoss(margin=1.0, distance=distance)
     if mining == "all":
-        return loss, ""
+        return loss, note
     if mining == "hard":
         miner = miners.BatchHardMiner(distance=distance)
     else:  # its closest in cost: one positive of each anchor, and a semi-hard negative
         miner = miners.BatchEasyHardMiner(
             pos_strategy="easy", neg_strategy="semihard", distance=distance
         )
-    return lambda embeddings, targets: loss(embeddings, targets, miner(embeddings, targets)), ""
+    return lambda embeddings, targets: loss(embeddings, targets, miner(embeddings, targets)), note
 
 
 def sampling_seconds(targets: Tensor) -> float:

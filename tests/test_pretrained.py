@@ -767,3 +767,29 @@ def test__black_and_white_images__are_the_same_in_every_type():
     expected = small().fit_transform(X.astype(np.uint8) * 255)
     for values in (X, X.astype(float), X.astype(np.int64), X.astype(np.uint8)):
         assert_equal_relatively(small().fit_transform(values), expected, 1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["alexnet", "resnet18", "resnet34", "resnet50"])
+def test__outputs__are_those_of_torchvisions_own_networks(backbone, tmp_path):
+    try:
+        from torchvision import models
+        from torchvision.transforms.v2 import functional as transforms
+    except Exception as error:  # beside another build of torch it raises RuntimeError
+        pytest.skip(f"no torchvision that imports: {error!r}")
+    torch.manual_seed(0)
+    network = getattr(models, backbone)(weights=None).eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 1.5)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    X = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    images = torch.from_numpy(X).permute(0, 3, 1, 2).float() / 255
+    images = transforms.resize(images, [224, 224], antialias=True)
+    images = transforms.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = network(images).numpy()
+    features = PretrainedFeatures(
+        backbone, weights=tmp_path / "weights.pth", layer="logits", precision="float32"
+    )
+    assert_equal_relatively(features.fit_transform(X), expected, 1e-5)
