@@ -297,17 +297,19 @@ def _estimators(arguments: argparse.Namespace) -> dict[str, BaseEstimator]:
 
 def _configured(estimator: BaseEstimator, arguments: argparse.Namespace) -> BaseEstimator:
     """Set the seed, and of pretrained features where they are kept and whether they report."""
-    values = {
-        "random_state": arguments.seed,
-        "data_home": arguments.data_home,
-        "pretrainedfeatures__verbose": not arguments.quiet,
+    values: dict[str, Callable[[], Any]] = {
+        "random_state": lambda: arguments.seed,
+        "data_home": lambda: arguments.data_home,
+        "pretrainedfeatures__verbose": lambda: not arguments.quiet,
         # one pass over the images, not one for each fold
-        "pretrainedfeatures__memory": Path(get_data_home(arguments.data_home)) / "skcifar-features",
+        "pretrainedfeatures__memory": lambda: (
+            Path(get_data_home(arguments.data_home)) / "skcifar-features"
+        ),
     }
     for name in estimator.get_params():
         for ending, value in values.items():
             if name == ending or name.endswith(f"__{ending}"):
-                estimator.set_params(**{name: value})
+                estimator.set_params(**{name: value()})
     return estimator
 
 

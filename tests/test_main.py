@@ -4,6 +4,7 @@ import builtins
 import doctest
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -234,6 +235,7 @@ def test__official_test_split__is_scored(small_mnist, capsys):
     arguments = ["--data", "mnist", "--models", "dummy", "--data-home", "somewhere"]
     assert main(["compare", *arguments, "--quiet"]) == 0
     assert small_mnist == [("somewhere", "train"), ("somewhere", "test")]
+    assert not Path("somewhere").exists()  # there was nothing to keep
     title, _, header, row = capsys.readouterr().out.splitlines()
     assert title.startswith("mnist: 100 images of 3 classes")
     # Two columns beside each other, ranged right: always class 2, of 50 in 100 and of 10 in 30.
