@@ -51,8 +51,8 @@ class RowCache:
     folder : str or path-like
         Made when first needed.
     cache_size : int
-        Bytes, at most, that the file uses; beyond it the rows stored first leave first. A file
-        that was larger once keeps its length and fills it again. 0 stores nothing.
+        Bytes, at most and to a page, that the file uses; beyond it the rows stored first leave
+        first. A file that was larger once keeps its length and fills it again. 0 stores nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str], cache_size: int) -> None:

@@ -55,33 +55,21 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
     ) -> Self:
         context = self._init_callback_context(max_subtasks=self._count_subtasks())
         context.call_on_fit_task_begin(estimator=self, X=X, y=y)
-        with self._input_kept_on_failure():
-            return self._fit_in(context, X, y, sample_weight, X_val, y_val, sample_weight_val)
-
-    def _fit_in(
-        self,
-        context: Any,
-        X: Any,
-        y: Any,
-        sample_weight: Any,
-        X_val: Any,
-        y_val: Any,
-        sample_weight_val: Any,
-    ) -> Self:
         going_on = self.warm_start and hasattr(self, "module_")
-        job, attributes = self._prepare(
-            X,
-            y,
-            sample_weight,
-            X_val,
-            y_val,
-            sample_weight_val,
-            going_on=going_on,
-            context=context,
-        )
-        self._report_epochs(context, job, attributes, X, y, sample_weight)
-        result = train(job)
-        self._adopt(job, attributes, result, going_on=going_on, keep_state=self.warm_start)
+        with self._input_kept_on_failure():
+            job, attributes = self._prepare(
+                X,
+                y,
+                sample_weight,
+                X_val,
+                y_val,
+                sample_weight_val,
+                going_on=going_on,
+                context=context,
+            )
+            self._report_epochs(context, job, attributes, X, y, sample_weight)
+            result = train(job)
+            self._adopt(job, attributes, result, going_on=going_on, keep_state=self.warm_start)
         context.call_on_fit_task_end(estimator=self, X=X, y=y, reconstruction_attributes={})
         return self
 

@@ -244,12 +244,14 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
     @property
     def layout(self) -> str:
         """Order of height, width and channels in rows and images: the encoder's."""
+        return getattr(self._unfrozen(), "layout", "HWC")
+
+    def _unfrozen(self) -> Any:
         frozen = isinstance(self.encoder, FrozenEstimator)
-        return getattr(self.encoder.estimator if frozen else self.encoder, "layout", "HWC")
+        return self.encoder.estimator if frozen else self.encoder
 
     def _plain_encoder(self) -> TorchEncoder:
-        frozen = isinstance(self.encoder, FrozenEstimator)
-        encoder = self.encoder.estimator if frozen else self.encoder
+        encoder = self._unfrozen()
         if not isinstance(encoder, TorchEncoder):
             raise TypeError(
                 f"encoder={self.encoder!r} cannot be trained further; expected a TripletEmbedder, "
@@ -429,24 +431,23 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        weights = dict(state.get("module_", {}))
-        head = {k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")}
         if "module_" not in state:
             super().__setstate__(state)
             return
+        head, encoder_weights = (
+            {k.removeprefix(part): v for k, v in state["module_"].items() if k.startswith(part)}
+            for part in ("head.", "encoder.")
+        )
         super().__setstate__(state | {"module_": head})
         encoder = self.encoder_.module_
-        if len(weights) > len(head):
-            own = {
-                "_architecture": self._encoder_architecture,
-                "device_": self.device_,
-                "module_": {
-                    k.removeprefix("encoder."): v
-                    for k, v in weights.items()
-                    if k.startswith("encoder.")
-                },
-            }
-            encoder = self._restored_module(own)
+        if encoder_weights:
+            encoder = self._restored_module(
+                {
+                    "_architecture": self._encoder_architecture,
+                    "device_": self.device_,
+                    "module_": encoder_weights,
+                }
+            )
         module = FineTunedNetwork(encoder, vars(self)["module_"], self._trainable)
         self.module_ = module.eval().requires_grad_(True)
 
