@@ -24,10 +24,12 @@ from skcifar._device import (
     Precision,
     as_tensor,
     device_or_cpu,
+    is_out_of_memory,
     per_feature_values,
     seeded_construction,
     skeleton_construction,
 )
+from skcifar._training import MEETING
 
 # Rows of one forward pass in prediction; a batch smaller than the least is filled up to it, so
 # that a row's figures do not depend on how few rows came with it (kernels differ below it).
@@ -218,7 +220,14 @@ class TorchEstimator(BaseEstimator):
 
     def _seeds(self) -> dict[str, int]:
         """Independent seeds of the initial weights, the training's streams and the split."""
-        seed = check_random_state(self.random_state).randint(np.iinfo(np.int32).max)
+        draw = check_random_state(self.random_state).randint
+        meeting = MEETING.get()
+        seed = None
+        if meeting is not None:
+            own = None if self.random_state is None else draw(np.iinfo(np.int32).max)
+            seed = meeting.seed(own)
+        if seed is None:
+            seed = draw(np.iinfo(np.int32).max)
         states = np.random.SeedSequence(seed).generate_state(4)
         names = ("weights", "streams", "split", "encoder")
         return dict(zip(names, map(int, states), strict=True))
@@ -247,7 +256,7 @@ class TorchEstimator(BaseEstimator):
                 try:
                     part = self._forward(reader(_filled_up(batch, least)))[: len(batch)]
                 except (RuntimeError, MemoryError) as error:
-                    if size == 1 or not _is_out_of_memory(error):
+                    if size == 1 or not is_out_of_memory(error):
                         raise
                     size = size // 2
                     least = min(least, size)
@@ -323,12 +332,6 @@ def hidden_widths(hidden_layer_sizes: Any) -> list[int]:
 def weights_device(module: nn.Module) -> torch.device:
     """Where a module runs; one without weights runs anywhere."""
     return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on the CPU
 
 
 def square_image(n_features: int) -> tuple[int, int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,6 +47,23 @@ def device_or_cpu(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return torch.device("cpu")
     return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed because its tensors did not fit into the device's memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on the CPU
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return 4 * 2**30
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

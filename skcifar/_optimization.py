@@ -255,6 +255,17 @@ class LearningRates:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
 
+    def next_rates(self, n: int) -> list[float]:
+        """Rates of the next n steps, none of them in an epoch to come; they count as done."""
+        if not self.recipe.has_fixed_length:
+            self.step += n
+            return [self.optimizer.param_groups[0]["lr"]] * n
+        rates = []
+        for _ in range(n):
+            self.before_step()
+            rates.append(self.optimizer.param_groups[0]["lr"])
+        return rates
+
     def before_step(self) -> None:
         self.step += 1
         if self.recipe.has_fixed_length:

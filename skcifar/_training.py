@@ -6,14 +6,16 @@ of the estimator; `train` runs it.
 
 from __future__ import annotations
 
+import copy
 import dis
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ from skcifar._optimization import (
 
 # A larger batch is read and differentiated in pieces of this many rows, whose gradients add up:
 # a full batch of CIFAR-10 in float32 would be four times the memory of the images.
-_PIECE_ROWS = 4096
+PIECE_ROWS = 4096
 
 # -- what a fit is ---------------------------------------------------------------------------------
 
@@ -110,6 +112,10 @@ class TrainingJob:
         One of many short fits (partial_fit), which nobody expects to converge.
     evaluation_rows : int
         Rows of a forward pass without gradients.
+    pause_after : int or None
+        Epoch after which to stop for now: the result holds what a later job goes on from.
+    paused : object or None
+        `TrainingResult.paused` of an earlier job of the same data and recipe, to go on from.
     """
 
     module: nn.Module
@@ -131,6 +137,8 @@ class TrainingJob:
     incremental: bool = False
     evaluation_rows: int = 1024
     verbose: bool = False
+    pause_after: int | None = None
+    paused: Any = None
 
 
 @dataclass
@@ -145,21 +153,41 @@ class TrainingResult:
         Best monitored validation score, whose weights were restored, with early stopping.
     state : dict of tensors and numbers
         Of optimizer, learning rates and generators, with the solver they belong to.
-    skorch_callbacks : list
-        As trained.
     n_rows_seen : int
         Rows trained on, each as often as it was.
+    skorch_callbacks : list
+        As trained.
+    ran_out : bool
+        Whether max_iter ended a training that was to go on until it converges.
+    paused : object or None
+        What a job with `pause_after` left, over or not, for the next one to go on from.
     """
 
     history: list[dict]
     best_score: float | None
     state: dict
-    skorch_callbacks: list
     n_rows_seen: int
+    skorch_callbacks: list = field(default_factory=list)
+    ran_out: bool = False
+    paused: Any = None
+
+
+class Meeting(Protocol):
+    """Where the fits of one study meet, to be trained together."""
+
+    def train(self, job: TrainingJob) -> TrainingResult:
+        """What `train_alone` does, when the meeting sees fit."""
+
+    def seed(self, seed: int | None) -> int | None:
+        """The seed of a fit whose own is `seed`: None with random_state=None, and to leave it so."""
+
+
+# The meeting that the fits of this thread take part in, if any.
+MEETING: ContextVar[Meeting | None] = ContextVar("MEETING", default=None)
 
 
 def train(job: TrainingJob) -> TrainingResult:
-    """Train a job's module in place.
+    """Train a job's module in place, together with those of other fits where there is a meeting.
 
     Raises
     ------
@@ -168,26 +196,27 @@ def train(job: TrainingJob) -> TrainingResult:
     KeyboardInterrupt
         On Ctrl-C; a callback's own quiet stop ends the training instead.
     """
-    use_generator(job.module, job.generators.dropout)
+    meeting = MEETING.get()
+    result = train_alone(job) if meeting is None else meeting.train(job)
+    if result.ran_out:
+        warn_not_converged(job.recipe.max_iter)
+    return result
+
+
+def train_alone(job: TrainingJob) -> TrainingResult:
+    """As `train`, here and now."""
     if job.recipe.solver == "lbfgs":
         return _train_lbfgs(job)
-    net = _Net(job).initialize()
-    conductor = net.conductor
-    net.callbacks_.append(("conductor", conductor))
-    try:
-        net.notify("on_train_begin", X=None, y=None)
-        net.fit_loop(None, None, epochs=job.recipe.max_iter)
-        net.notify("on_train_end", X=None, y=None)
-    except _Stop:
-        net.notify("on_train_end", X=None, y=None)
-    if not conductor.history:
-        raise ValueError("A callback ended the training before its first epoch was over.")
-    conductor.restore_best()
-    expected_to_converge = not (job.recipe.has_fixed_length or job.incremental)
-    ran_out = len(conductor.history) == job.recipe.max_iter and not conductor.converged
-    if expected_to_converge and ran_out:
-        warn_not_converged(job.recipe.max_iter)
-    return conductor.result()
+    net = _Net(detached(job)).initialize() if job.paused is None else job.paused
+    net.run(job)
+    return net.result(job)
+
+
+def detached(job: TrainingJob) -> TrainingJob:
+    """The job itself; or, if it is to pause, one whose module nobody else will hold then."""
+    if job.pause_after is None:
+        return job
+    return replace(job, module=copy.deepcopy(job.module))
 
 
 def warn_not_converged(max_iter: int) -> None:
@@ -206,7 +235,7 @@ class _Stop(Exception):
     """Training is over before max_iter, for one of the reasons it may be."""
 
 
-class _Batches:
+class Batches:
     """Batches of near-equal size: 129 rows in batches of 128 are 64 and 65, never 128 and 1.
 
     Yields (rows, targets, weight or None, weight_sum); rows as stored. With `order` each pass
@@ -234,7 +263,7 @@ class _Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
         samples = self.samples
         rows, targets, weight = samples.rows, samples.targets, samples.weight
-        index, sizes = self._epoch()
+        index, sizes = self.epoch()
         stop = 0
         for size, weight_sum in zip(sizes, self._weight_sums(index, sizes), strict=True):
             start, stop = stop, stop + size
@@ -251,7 +280,7 @@ class _Batches:
                 )
             yield *batch, weight_sum
 
-    def _epoch(self) -> tuple[Tensor | None, list[int]]:
+    def epoch(self) -> tuple[Tensor | None, list[int]]:
         """Rows of one pass in their order, None for all as they lie; and the batches' sizes."""
         samples, index, sizes = self.samples, self.samples.index, self.sizes
         if self.order is None:
@@ -295,16 +324,36 @@ class _Net(NeuralNetClassifier):
         )
         self.job = job
         self.n_rows_seen = 0
+        self.is_over = False
         self.classes_inferred_ = job.train.targets.unique().cpu().numpy()
 
     @property
     def _default_callbacks(self) -> list:
         return []  # the loop records losses and seconds itself
 
+    def run(self, job: TrainingJob) -> None:
+        """Train on behalf of `job`, which this net was made for or which follows that one."""
+        self.job.on_epoch_begin, self.job.on_epoch_end = job.on_epoch_begin, job.on_epoch_end
+        if self.is_over:
+            return
+        n_epochs = job.recipe.max_iter
+        until = n_epochs if job.pause_after is None else min(job.pause_after, n_epochs)
+        try:
+            if not self.conductor.history:
+                self.notify("on_train_begin", X=None, y=None)
+            self.fit_loop(None, None, epochs=until - len(self.conductor.history))
+            self.is_over = until == n_epochs
+        except _Stop:
+            self.is_over = True
+        if self.is_over:
+            self.notify("on_train_end", X=None, y=None)
+        if not self.conductor.history:
+            raise ValueError("A callback ended the training before its first epoch was over.")
+
     def initialize(self) -> _Net:
+        use_generator(self.job.module, self.job.generators.dropout)
         super().initialize()
         recipe = self.job.recipe
-        self.conductor = _Conductor(self)
         named = [callback for _, callback in self.callbacks_]
         self.notifies_batches = any(_overrides(c, "on_batch_begin", "on_batch_end") for c in named)
         self.notifies_gradients = any(_overrides(c, "on_grad_computed") for c in named)
@@ -316,7 +365,7 @@ class _Net(NeuralNetClassifier):
             or recipe.clip_grad_value is not None
         )
         splits = self.criterion_.row_wise and not has_batch_norm(self.module_)
-        self.piece_rows = _PIECE_ROWS if splits else None
+        self.piece_rows = PIECE_ROWS if splits else None
         self.data_weight = self.job.train.total_weight() if recipe.alpha_over_data else None
         n_batches = len(self.get_iterator(self.job.train, training=True))
         self.rates = LearningRates(
@@ -328,7 +377,18 @@ class _Net(NeuralNetClassifier):
         )
         # only now: an optimizer that takes up an earlier state makes its groups anew
         self.penalised = [g for g in self.optimizer_.param_groups if g["penalised"]]
+        self.conductor = Conductor(self.job, self.rates)
+        self.callbacks_.append(("conductor", _Notified()))
         return self
+
+    def result(self, job: TrainingJob) -> TrainingResult:
+        return self.conductor.result(
+            job,
+            self.optimizer_.state_dict()["state"],
+            self.n_rows_seen,
+            skorch_callbacks=[c for _, c in self.callbacks_ if not isinstance(c, _Notified)],
+            paused=None if job.pause_after is None else self,
+        )
 
     def initialize_optimizer(self, triggered_directly: Any = None) -> _Net:
         self.optimizer_ = make_optimizer(self.module_, self.job.recipe)
@@ -343,17 +403,17 @@ class _Net(NeuralNetClassifier):
     def get_dataset(self, X: Any, y: Any = None) -> Any:
         return X
 
-    def get_iterator(self, dataset: Any, training: bool = False) -> _Batches:
+    def get_iterator(self, dataset: Any, training: bool = False) -> Batches:
         if training:
             job = self.job
             order = job.generators.order if job.recipe.shuffle else None
-            return _Batches(dataset, job.recipe.batch_size, order, job.sampler)
+            return Batches(dataset, job.recipe.batch_size, order, job.sampler)
         if not isinstance(dataset, Samples):  # rows that a callback came with
             rows = torch.as_tensor(dataset)
             dataset = Samples(rows, rows.new_zeros(len(rows), dtype=torch.int64))
         # where rows are compared with each other, those of one class must not stand together
         order = None if self.criterion_.row_wise else torch.Generator().manual_seed(0)
-        return _Batches(dataset, self.job.evaluation_rows, order)
+        return Batches(dataset, self.job.evaluation_rows, order)
 
     def run_single_epoch(
         self, iterator: Any, training: bool, prefix: str, step_fn: Any, **fit_params: Any
@@ -453,6 +513,16 @@ class _Net(NeuralNetClassifier):
             logits = self.infer(batch[0])
             return {"loss": self.criterion_(logits, batch[1], weight, weight_sum), "y_pred": logits}
 
+    def validation_figures(self) -> dict[str, float]:
+        """Loss, accuracy and score on the validation rows, if any, outside the epoch loop."""
+        if self.job.validation is None:
+            return {}
+        self.history.new_epoch()
+        batches = self.get_iterator(self.job.validation)
+        self.run_single_epoch(batches, False, "valid", self.validation_step)
+        row = {name: self.history[-1][name] for name in ("valid_loss", "valid_accuracy")}
+        return row | {"valid_score": self.conductor.validation_score(row)}
+
     def evaluation_step(self, batch: Any, training: bool = False) -> Tensor:
         self._set_training(training)
         with torch.set_grad_enabled(training):
@@ -478,7 +548,7 @@ class _Net(NeuralNetClassifier):
                 raise
             # how skorch's callbacks end a training quietly; the epoch that they end counts
             if method_name == "on_epoch_end":
-                self.conductor.on_epoch_end(self)
+                _Notified().on_epoch_end(self)
             raise _Stop from None
 
 
@@ -551,15 +621,15 @@ def _raised_by_statement(error: BaseException) -> bool:
     return instruction == dis.opmap["RAISE_VARARGS"]
 
 
-class _Conductor(Callback):
+class Conductor:
     """Watches the loss and the validation score, keeps the best weights, ends the training.
 
     The rules are those of scikit-learn's MLPClassifier.
     """
 
-    def __init__(self, net: _Net) -> None:
-        self.net = net
-        self.job = net.job
+    def __init__(self, job: TrainingJob, rates: LearningRates) -> None:
+        self.job = job
+        self.rates = rates
         self.best_loss = math.inf
         self.best_score: float | None = None
         self.best_weights: dict[str, Tensor] | None = None
@@ -567,19 +637,11 @@ class _Conductor(Callback):
         self.converged = False
         self.history: list[dict] = []
 
-    def on_epoch_begin(self, net: Any, **_: Any) -> None:
-        self.job.on_epoch_begin()
-
-    def on_epoch_end(self, net: Any, **_: Any) -> None:
-        row = {
-            key: value
-            for key, value in net.history[-1].items()
-            if key != "batches" and not key.endswith("_best")
-        }
+    def epoch_over(self, row: dict) -> bool:
+        """Take note of an epoch and tell of it; says whether it was the last."""
         self._check_finite(row)
-        net._set_training(False)  # for whoever looks at the module between two epochs
         if self.job.validation is not None:
-            row["valid_score"] = self._validation_score(row)
+            row["valid_score"] = self.validation_score(row)
         self.history.append(row)
         if self.job.verbose:
             score = f", validation score = {row['valid_score']:.6f}" if "valid_score" in row else ""
@@ -592,23 +654,11 @@ class _Conductor(Callback):
         ends_early = self.job.recipe.early_stopping or not self.job.recipe.has_fixed_length
         if ends_early and self.epochs_without_improvement > patience:
             self.epochs_without_improvement = 0
-            self.converged = not self.net.rates.lower()
-        self.net.rates.after_epoch(row)
-        if stop or self.converged:
-            raise _Stop
+            self.converged = not self.rates.lower()
+        self.rates.after_epoch(row)
+        return stop or self.converged
 
-    def validation_figures(self) -> dict[str, float]:
-        """Loss, accuracy and score on the validation rows, if any, outside the epoch loop."""
-        if self.job.validation is None:
-            return {}
-        net = self.net
-        net.history.new_epoch()
-        batches = net.get_iterator(self.job.validation)
-        net.run_single_epoch(batches, False, "valid", net.validation_step)
-        row = {name: net.history[-1][name] for name in ("valid_loss", "valid_accuracy")}
-        return row | {"valid_score": self._validation_score(row)}
-
-    def _validation_score(self, row: dict) -> float:
+    def validation_score(self, row: dict) -> float:
         if self.job.validation_score is not None:
             return float(self.job.validation_score())
         return -row["valid_loss"] if self.job.monitor_loss else row["valid_accuracy"]
@@ -639,31 +689,61 @@ class _Conductor(Callback):
             f"rate {row['learning_rate']:g}: training diverged. Remedies: {remedies}."
         )
 
-    def restore_best(self) -> None:
+    def result(
+        self, job: TrainingJob, optimizer_state: dict[int, dict], n_rows_seen: int, **others: Any
+    ) -> TrainingResult:
+        """What came of the training so far, the best weights in `job`'s module."""
         if self.best_weights is not None:
-            self.job.module.load_state_dict(self.best_weights)
-
-    def result(self) -> TrainingResult:
+            job.module.load_state_dict(self.best_weights)
+        elif job.module is not self.job.module:
+            job.module.load_state_dict(self.job.module.state_dict())
+        recipe = self.job.recipe
         state = {
-            "solver": self.job.recipe.solver,
-            "optimizer": self.net.optimizer_.state_dict()["state"],
-            "rates": self.net.rates.state(),
+            "solver": recipe.solver,
+            "optimizer": optimizer_state,
+            "rates": self.rates.state(),
             "generators": self.job.generators.get_state(),
         }
+        expected_to_converge = not (recipe.has_fixed_length or self.job.incremental)
+        ran_out = len(self.history) == recipe.max_iter and not self.converged
         return TrainingResult(
-            history=self.history,
+            history=list(self.history),
             best_score=self.best_score,
             state=state,
-            skorch_callbacks=[c for _, c in self.net.callbacks_ if c is not self],
-            n_rows_seen=self.net.n_rows_seen,
+            n_rows_seen=n_rows_seen,
+            ran_out=expected_to_converge and ran_out,
+            **others,
         )
+
+
+class _Notified(Callback):
+    """Hands skorch's epochs over to the conductor, after the callbacks of the user."""
+
+    def on_epoch_begin(self, net: Any, **_: Any) -> None:
+        net.job.on_epoch_begin()
+
+    def on_epoch_end(self, net: Any, **_: Any) -> None:
+        row = {
+            key: value
+            for key, value in net.history[-1].items()
+            if key != "batches" and not key.endswith("_best")
+        }
+        net._set_training(False)  # for whoever looks at the module between two epochs
+        if net.conductor.epoch_over(row):
+            raise _Stop
 
 
 # -- full batches ----------------------------------------------------------------------------------
 
 
 def _train_lbfgs(job: TrainingJob) -> TrainingResult:
-    """L-BFGS over all of the rows at once; a linear model has a faster way to the same optimum."""
+    """L-BFGS over all of the rows at once; a linear model has a faster way to the same optimum.
+
+    It cannot pause: a job that is to go on begins anew, and comes to the same iterations.
+    """
+    if job.pause_after is not None:
+        n_iterations = min(job.pause_after, job.recipe.max_iter)
+        job = replace(job, recipe=replace(job.recipe, max_iter=n_iterations))
     linear = isinstance(job.module, MultilayerPerceptron) and not len(job.module.features)
     is_cross_entropy = job.criterion.loss == "cross_entropy"
     net = _Net(job).initialize()
@@ -678,7 +758,7 @@ def _train_lbfgs(job: TrainingJob) -> TrainingResult:
         clock.append(time.perf_counter())
         seconds = clock[-1] - clock[-2]
         row = {"epoch": len(history) + 1, "train_loss": loss, "seconds": seconds}
-        history.append(row | net.conductor.validation_figures())
+        history.append(row | net.validation_figures())
         stopped[0] = bool(job.on_epoch_end(history[-1]))
         return stopped[0]
 
@@ -690,16 +770,14 @@ def _train_lbfgs(job: TrainingJob) -> TrainingResult:
             f"The training loss is no longer finite after {len(history)} iterations of L-BFGS "
             f"({error}). Scale the inputs (normalize=True), or raise alpha."
         ) from error
-    if not result.converged and not stopped[0]:
-        warn_not_converged(job.recipe.max_iter)
     if not history:  # it began at the optimum
         on_iteration(result.loss)
     return TrainingResult(
         history=history,
         best_score=None,
         state={"solver": job.recipe.solver, "generators": job.generators.get_state()},
-        skorch_callbacks=[],
         n_rows_seen=len(history) * len(job.train),
+        ran_out=not result.converged and not stopped[0] and job.pause_after is None,
     )
 
 
@@ -744,7 +822,7 @@ def _as_array(parameter: Tensor) -> np.ndarray:
 def _minimize_any(net: _Net, on_iteration: Callable[[float], bool]) -> LBFGSResult:
     """As scikit-learn's MLPClassifier(solver="lbfgs")."""
     recipe, samples = net.job.recipe, net.job.train
-    ((rows, targets, weight, weight_sum),) = _Batches(samples, len(samples))
+    ((rows, targets, weight, weight_sum),) = Batches(samples, len(samples))
     strength = recipe.alpha / weight_sum + recipe.weight_decay
 
     def closure() -> float:

@@ -28,7 +28,8 @@ ROWS = [
     ["_convolutional", "_classifier"],
     ["softmax", "mlp", "cnn", "triplet", "pretrained"],
     ["finetune"],
-    ["_backend"],
+    ["_backend", "_journal"],
+    ["_search"],
     *([module] for module in READERS),
     ["reproduce"],
     ["__init__"],
@@ -53,7 +54,9 @@ def test__imports__point_down_only(module):
 @pytest.mark.parametrize("module", [module for module in READERS if module in MODULES])
 def test__reader__names_nothing_private_and_no_estimator(module):
     tree = parse(module)
-    assert not [name for name in own_imports(tree) if name.startswith("_")]
+    # the searches want the backend; what users see of them is model_selection's
+    private = {name for name in own_imports(tree) if name.startswith("_")}
+    assert private <= ({"_search"} if module == "model_selection" else set())
     classes = {
         node.name
         for estimator in set(ESTIMATORS) & set(MODULES)

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from skorch.callbacks import Callback
 
 from skcifar import SoftmaxRegression, TripletEmbedder
-from skcifar._training import _Batches
+from skcifar._training import Batches
 from skcifar.metrics import map_at_r_score, map_at_r_scorer, recall_at_1_scorer
 
 RNG = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def test__balanced_batches__hold_a_few_classes_with_as_many_images_each(digits):
     job, _ = quick(sampler="balanced", batch_size=20, samples_per_class=5)._prepare(
         X, y, going_on=False
     )
-    batches = _Batches(job.train, job.recipe.batch_size, job.generators.order, job.sampler)
+    batches = Batches(job.train, job.recipe.batch_size, job.generators.order, job.sampler)
     for _ in range(2):
         drawn = list(batches)
         assert len(drawn) == len(batches) == 20
@@ -227,7 +227,7 @@ def test__balanced_batches_of_rows_left_by_early_stopping__are_those_rows(digits
     X, y = digits
     model = quick(sampler="balanced", batch_size=20, early_stopping=True, validation_fraction=0.4)
     job, _ = model._prepare(X, y, going_on=False)
-    batches = _Batches(job.train, job.recipe.batch_size, job.generators.order, job.sampler)
+    batches = Batches(job.train, job.recipe.batch_size, job.generators.order, job.sampler)
     trained = {bytes(row) for rows, *_ in batches for row in rows.numpy()}
     assert trained <= {bytes(row) for row in X[job.train.index]}
 
@@ -235,7 +235,7 @@ def test__balanced_batches_of_rows_left_by_early_stopping__are_those_rows(digits
 def test__fewer_classes_than_a_balanced_batch_wants__fill_it(digits):
     X, y = digits
     job, _ = quick(sampler="balanced", batch_size=32)._prepare(X[y < 2], y[y < 2], going_on=False)
-    batches = _Batches(job.train, job.recipe.batch_size, job.generators.order, job.sampler)
+    batches = Batches(job.train, job.recipe.batch_size, job.generators.order, job.sampler)
     for _, targets, *_ in batches:
         assert targets.bincount().tolist() == [16, 16]
 
