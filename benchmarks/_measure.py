@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 import skcifar
-from skcifar.datasets import fetch_cifar10
+from skcifar.datasets import fetch_cifar10, fetch_mnist
 
 
 def parse_options(doc: str, rows: Sequence[str], repeats: int) -> argparse.Namespace:
@@ -47,33 +47,34 @@ def parse_options(doc: str, rows: Sequence[str], repeats: int) -> argparse.Names
 
 @dataclass(frozen=True)
 class Images:
-    """Rows of uint8 pixels (n, 3072), height, width, channel; and their classes (n,)."""
+    """Rows of uint8 pixels (n, 3072), height, width, channel, or (n, 784); and classes (n,)."""
 
     X: np.ndarray
     y: np.ndarray
-    real: bool
+    name: str
 
     @property
-    def name(self) -> str:
-        return "CIFAR-10" if self.real else "synthetic"
+    def real(self) -> bool:
+        return self.name != "synthetic"
 
     def first(self, n: int) -> Images:
-        return Images(self.X[:n], self.y[:n], self.real)
+        return Images(self.X[:n], self.y[:n], self.name)
 
 
-def load_images(data_home: str | None, subset: str, n: int | None = None) -> Images:
-    """CIFAR-10 where it is laid out, else random pixels of the same shape."""
+def load_images(
+    data_home: str | None, subset: str, n: int | None = None, name: str = "CIFAR-10"
+) -> Images:
+    """CIFAR-10 or MNIST where it is laid out, else random pixels of the same shape."""
+    fetch, n_features = {"CIFAR-10": (fetch_cifar10, 3072), "MNIST": (fetch_mnist, 784)}[name]
     try:
-        X, y = fetch_cifar10(
-            data_home=data_home, subset=subset, download_if_missing=False, return_X_y=True
-        )
+        X, y = fetch(data_home=data_home, subset=subset, download_if_missing=False, return_X_y=True)
     except OSError as error:
-        say(f"random images in place of CIFAR-10: {error}")
+        say(f"random images in place of {name}: {error}")
         n = n or 10_000
         rng = np.random.default_rng(0)
-        X = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
-        return Images(X, rng.integers(0, 10, n), real=False)
-    return Images(X[:n], y[:n], real=True)
+        X = rng.integers(0, 256, (n, n_features), dtype=np.uint8)
+        return Images(X, rng.integers(0, 10, n), "synthetic")
+    return Images(X[:n], y[:n], name)
 
 
 def per_channel(X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

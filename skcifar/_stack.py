@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -40,9 +41,12 @@ from skcifar._training import (
     train_alone,
 )
 
-# Bytes of weights, gradients and moments of one stack on a CPU: what stays in its cache. Of 100 units
-# on MNIST in batches of 32 an epoch takes 12 ms a network in stacks of 12 (11 MB), 19 in stacks of 96.
+# Bytes of weights, gradients and moments of one stack on a CPU: what stays in its cache. 100 units
+# on MNIST in batches of 32 take 12 ms an epoch in stacks of 12 (11 MB), 19 in stacks of 96.
 _CACHE_BYTES = 20 * 2**20
+
+# Parameters with fewer numbers are updated as one: a call takes as long as some thousand of them.
+_SMALL = 2**15
 
 # Share of the device's free memory that one stack may take.
 _MEMORY_SHARE = 0.25
@@ -87,21 +91,44 @@ def why_alone(job: TrainingJob) -> str | None:
 
 
 def groups_of(jobs: Sequence[TrainingJob]) -> list[list[int]]:
-    """Positions of the jobs that train as one program, in groups of at least one."""
-    groups: list[list[int]] = []
-    stacks: dict[tuple, list[list[int]]] = {}
+    """Positions of the jobs that train as one program, in groups of at least one.
+
+    A group is one stack, or several that are trained at the same time.
+    """
+    stackable = [i for i, job in enumerate(jobs) if why_alone(job) is None]
+    groups = [[i] for i in range(len(jobs)) if i not in set(stackable)]
+    stacks = [[stackable[i] for i in stack] for stack in _stacks_of([jobs[i] for i in stackable])]
+    while stacks:
+        n = _n_workers(jobs[stacks[0][0]].reader.device)
+        # the last ones are not left with fewer than there are threads
+        n = len(stacks) if len(stacks) < 2 * n else n
+        groups.append([i for stack in stacks[:n] for i in stack])
+        del stacks[:n]
+    return sorted(groups)
+
+
+def _stacks_of(jobs: Sequence[TrainingJob]) -> list[list[int]]:
+    """Positions of the jobs that see the same batches, as many as memory holds."""
+    lanes: list[list[int]] = []
+    of_key: dict[tuple, list[list[int]]] = {}
     for i, job in enumerate(jobs):
-        if why_alone(job) is not None:
-            groups.append([i])
-            continue
-        alike = stacks.setdefault(_stack_key(job), [])
-        group = next((g for g in alike if _sees_the_same(job, jobs[g[0]])), None)
-        if group is None:
-            group = []
-            alike.append(group)
-            groups.append(group)
-        group.append(i)
-    return [part for group in groups for part in _parts(group, jobs)]
+        alike = of_key.setdefault(_stack_key(job), [])
+        lane = next((lane for lane in alike if _sees_the_same(job, jobs[lane[0]])), None)
+        if lane is None:
+            lane = []
+            alike.append(lane)
+            lanes.append(lane)
+        lane.append(i)
+    return [stack for lane in lanes for stack in _cut(lane, jobs, len(lanes))]
+
+
+def _n_workers(device: torch.device) -> int:
+    """Stacks that are trained at the same time.
+
+    On a CPU each has a thread: a batch is too little work to be divided. 27 perceptrons of 32
+    units take WORKERS_FIGURE in batches of 32, and a busy neighbour holds up one of them only.
+    """
+    return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def _stack_key(job: TrainingJob) -> tuple:
@@ -110,7 +137,7 @@ def _stack_key(job: TrainingJob) -> tuple:
     n_features = job.train.rows.shape[1]
     validation = job.validation
     return (
-        (n_features, job.module.head.out_features, criterion.loss),  # type: ignore[union-attr]
+        (n_features, _dense_layers(job.module)[-1].out_features, criterion.loss),
         (recipe.solver, recipe.nesterovs_momentum, recipe.batch_size, recipe.shuffle),
         (recipe.clip_grad_norm is None, recipe.clip_grad_value is None),
         (job.precision, job.reader.device, job.reader.image_shape, job.reader.layout),
@@ -155,17 +182,18 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return (same_memory and a.shape == b.shape) or torch.equal(a, b)
 
 
-def _parts(group: list[int], jobs: Sequence[TrainingJob]) -> list[list[int]]:
-    """A group cut into stacks that the memory holds, of nearly equal size."""
-    device = jobs[group[0]].reader.device
-    cache = _CACHE_BYTES if device.type == "cpu" else math.inf
-    memory = free_memory(device) * _MEMORY_SHARE
-    cached = sum(_bytes_of_weights(jobs[i]) for i in group)
-    whole = sum(stack_bytes(jobs[i]) for i in group)
+def _cut(lane: list[int], jobs: Sequence[TrainingJob], n_lanes: int) -> list[list[int]]:
+    """Jobs that see the same batches, in stacks that the memory holds, of nearly equal size."""
+    device = jobs[lane[0]].reader.device
+    n_at_once = min(n_lanes, _n_workers(device))
+    cache = _CACHE_BYTES / n_at_once if device.type == "cpu" else math.inf
+    memory = free_memory(device) * _MEMORY_SHARE / n_at_once
+    cached = sum(_bytes_of_weights(jobs[i]) for i in lane)
+    whole = sum(stack_bytes(jobs[i]) for i in lane)
     n_parts = max(1, math.ceil(cached / cache), math.ceil(whole / memory))
-    n_parts = min(n_parts, len(group))
-    bounds = [len(group) * i // n_parts for i in range(n_parts + 1)]
-    return [group[start:stop] for start, stop in pairwise(bounds)]
+    n_parts = min(n_parts, len(lane))
+    bounds = [len(lane) * i // n_parts for i in range(n_parts + 1)]
+    return [lane[start:stop] for start, stop in pairwise(bounds)]
 
 
 def _bytes_of_weights(job: TrainingJob) -> int:
@@ -207,9 +235,12 @@ def train_group(jobs: Sequence[TrainingJob]) -> list[Outcome]:
             return [Outcome(None, error, time.perf_counter() - start)]
         return [Outcome(result, None, time.perf_counter() - start)]
     models = [_Model(job) if job.paused is None else job.paused.taken_up(job) for job in jobs]
+    courses = [_Course([models[i] for i in stack]) for stack in _stacks_of(jobs)]
+    before = [model.state() for model in models]
     try:
-        _train_models(models)
+        _run(courses, _n_workers(jobs[0].reader.device))
     except (RuntimeError, MemoryError) as error:
+        # memory that suffices for one epoch suffices for all
         begun = any(model.conductor.history for model in models)
         if begun or len(jobs) == 1 or not is_out_of_memory(error):
             raise
@@ -221,19 +252,86 @@ def train_group(jobs: Sequence[TrainingJob]) -> list[Outcome]:
             model.outcome(job, share * seconds)
             for model, job, share in zip(models, jobs, shares, strict=True)
         ]
+    for model, state in zip(models, before, strict=True):
+        model.restore(*state)
     middle = len(jobs) // 2
     return train_group(jobs[:middle]) + train_group(jobs[middle:])
 
 
-def _train_models(models: list[_Model]) -> None:
-    """Train until each is over or paused; those that are make room for the others."""
-    while left := [model for model in models if not model.is_done]:
-        stack = _Stack(left)
-        try:
-            while not any(model.is_done for model in left):
-                stack.run_epoch()
-        finally:
-            stack.dissolve()
+def _run(courses: list[_Course], n_workers: int) -> None:
+    """Run courses to their ends: one with all of torch's threads, several with a share each."""
+    if len(courses) == 1 or n_workers == 1:
+        for course in courses:
+            while not course.is_over:
+                course.begin_epoch()
+                course.end_epoch(course.run_epoch())
+        return
+    n_threads = torch.get_num_threads()
+    share = max(1, n_threads // len(courses))
+    running: dict[Future, _Course] = {}
+    pool = ThreadPoolExecutor(n_workers, "skcifar-stack", torch.set_num_threads, (share,))
+    try:
+        while left := [course for course in courses if not course.is_over]:
+            # what has most to do goes first, so that none is left over at the end
+            idle = [course for course in left if course not in running.values()]
+            idle.sort(key=lambda course: -course.operations_left)
+            for course in idle[: n_workers - len(running)]:
+                course.begin_epoch()
+                running[pool.submit(course.run_epoch)] = course
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                running.pop(future).end_epoch(future.result())
+    finally:
+        for course in courses:
+            course.is_cancelled = True
+        pool.shutdown()
+        torch.set_num_threads(n_threads)  # new threads begin with what was set last
+        for course in courses:
+            course.dissolve()
+
+
+class _Course:
+    """The training of a stack from its first epoch to the last; networks that are over leave it.
+
+    `run_epoch` may be called in any thread, the others tell callbacks of the epoch.
+    """
+
+    def __init__(self, models: list[_Model]) -> None:
+        self.models = [model for model in models if not model.is_done]
+        self.stack: _Stack | None = None
+        self.is_cancelled = False
+
+    @property
+    def is_over(self) -> bool:
+        return not self.models
+
+    @property
+    def operations_left(self) -> float:
+        epochs = [model.until - len(model.conductor.history) for model in self.models]
+        return sum(n * model.cost for n, model in zip(epochs, self.models, strict=True))
+
+    def begin_epoch(self) -> None:
+        for model in self.models:
+            model.job.on_epoch_begin()
+
+    def run_epoch(self) -> list[dict[str, Any]]:
+        """Train for an epoch; a row of the history for each network."""
+        if self.stack is None:
+            self.stack = _Stack(self.models)
+        return self.stack.run_epoch(lambda: self.is_cancelled)
+
+    def end_epoch(self, rows: list[dict[str, Any]]) -> None:
+        assert self.stack is not None
+        for model, row in zip(self.stack.models, rows, strict=True):
+            model.epoch_over(row)
+        if any(model.is_done for model in self.models):
+            self.dissolve()
+            self.models = [model for model in self.models if not model.is_done]
+
+    def dissolve(self) -> None:
+        if self.stack is not None:
+            self.stack.dissolve()
+        self.stack = None
 
 
 class _Model:
@@ -247,8 +345,10 @@ class _Model:
         tensors.
     moments : list of list of tensors
         The optimizer's, for each parameter; empty at the beginning.
+    cost : float
+        Multiplications of an epoch, up to a common factor.
     operations : float
-        Multiplications and additions of its training so far, up to a common factor.
+        The same of its training so far.
     """
 
     def __init__(self, job: TrainingJob) -> None:
@@ -259,8 +359,10 @@ class _Model:
         self.rates = LearningRates(recipe, rate, len(job.train), recipe.max_iter * n_batches)  # type: ignore[arg-type]
         self.conductor = Conductor(self.job, self.rates)
         layers = _dense_layers(self.job.module)
-        self.parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+        self.parameters = [p for layer in layers for p in layer.parameters()]
         self.moments: list[list[Tensor]] = []
+        self.n_rows = len(job.train)
+        self.cost = float(sum(layer.weight.numel() for layer in layers) * self.n_rows)
         self.n_rows_seen = 0
         self.operations = 0.0
         self.is_over = False
@@ -278,6 +380,15 @@ class _Model:
         self._go_on_until(job)
         return self
 
+    def state(self) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Weights, which no stack writes to, and generators."""
+        return [p.data for p in self.parameters], self.job.generators.get_state()
+
+    def restore(self, weights: list[Tensor], generators: dict[str, Tensor]) -> None:
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.data = weight
+        self.job.generators.set_state(generators)
+
     @property
     def is_done(self) -> bool:
         if self.is_over or self.error is not None:
@@ -285,6 +396,8 @@ class _Model:
         return len(self.conductor.history) >= self.until
 
     def epoch_over(self, row: dict) -> None:
+        self.n_rows_seen += self.n_rows
+        self.operations += self.cost
         try:
             self.is_over = self.conductor.epoch_over(row)
         except Exception as error:
@@ -327,29 +440,25 @@ class _Parameters:
     Attributes
     ----------
     value : tensor of shape (n_rows, ...)
-        The rows of the first network, of the second, and so on.
+        The rows of the first network, of the second, and so on. Tails of one architecture have a
+        row for each network, (n, n_out, n_in), and biases a dimension for the samples: (n_rows, 1)
+        or (n, n_out, 1).
+    moments : list of tensors
+        The optimizer's, laid out alike.
     owner : int64 tensor of shape (n_rows,)
         Position of the network that a row belongs to.
-    parts : list of tensors
-        The networks' own parameters, which become views of `value`.
     """
 
     def __init__(
         self, owners: list[int], own: list[nn.Parameter], moments: list[list[Tensor]], tail: bool
     ) -> None:
-        # Tails of one architecture have a dimension for the network, (n, n_out, n_in), and biases
-        # one for the samples: (n_rows, 1) or (n, n_out, 1).
         self.owners, self.own, self.tail = owners, own, tail
-        self.penalised = own[0].ndim > 1
-        self.value = self._joined([p.data for p in own])
+        self.is_weight = own[0].ndim > 1  # penalised, unlike biases
         self.sizes = [1 if tail else len(p) for p in own]
-        self.owner = torch.tensor(
-            [owner for owner, size in zip(owners, self.sizes, strict=True) for _ in range(size)],
-            device=self.value.device,
-        )
+        self.value = self._joined([p.data for p in own])
         self.moments = [self._joined(list(m)) for m in zip(*moments, strict=True)]
-        for parameter, view in zip(own, self._views(self.value), strict=True):
-            parameter.data = view
+        rows = [owner for owner, size in zip(owners, self.sizes, strict=True) for _ in range(size)]
+        self.owner = torch.tensor(rows, device=self.value.device)
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         parts = [part if part.ndim > 1 else part[:, None] for part in parts]
@@ -357,7 +466,12 @@ class _Parameters:
 
     def _views(self, joined: Tensor) -> list[Tensor]:
         views = list(joined) if self.tail else list(joined.split(self.sizes))
-        return [v if self.penalised else v[:, 0] for v in views]
+        return [v if self.is_weight else v[:, 0] for v in views]
+
+    def lend(self) -> None:
+        """Let the networks' own parameters be views of `value`."""
+        for parameter, view in zip(self.own, self._views(self.value), strict=True):
+            parameter.data = view
 
     def dissolve(self) -> list[list[Tensor]]:
         """Give the networks memory of their own again; the moments of each."""
@@ -366,11 +480,69 @@ class _Parameters:
         moments = [[view.clone() for view in self._views(m)] for m in self.moments]
         return [list(of_one) for of_one in zip(*moments, strict=True)] or [[] for _ in self.own]
 
+
+class _Block:
+    """Parameters that lie in one piece, so that an update is one call: a large one, or all others.
+
+    Attributes
+    ----------
+    value : tensor of shape (n_rows, ...)
+        Of a large parameter its rows, of others all their numbers as rows.
+    owner : int64 tensor of shape (n_rows,)
+    is_weight : tensor of shape (n_rows,) or None
+        1 for what is penalised, 0 for biases; None where all is.
+    """
+
+    def __init__(self, parameters: list[_Parameters], n_moments: int) -> None:
+        self.parameters = parameters
+        for p in parameters:
+            if not p.moments:
+                p.moments = [torch.zeros_like(p.value) for _ in range(n_moments)]
+        self.is_weight: Tensor | None = None
+        if len(parameters) == 1:
+            self.value, self.moments = parameters[0].value, parameters[0].moments
+            self.owner = parameters[0].owner
+            if not parameters[0].is_weight:
+                self.is_weight = torch.zeros_like(self.owner, dtype=self.value.dtype)
+            return
+        sizes = [p.value.numel() for p in parameters]
+        self.value = self.joined([p.value for p in parameters])
+        self.moments = [self.joined([p.moments[i] for p in parameters]) for i in range(n_moments)]
+        self.owner = torch.cat(
+            [
+                p.owner.repeat_interleave(size // len(p.owner))
+                for p, size in zip(parameters, sizes, strict=True)
+            ]
+        )
+        self.is_weight = torch.cat(
+            [
+                self.value.new_full((size,), p.is_weight)
+                for p, size in zip(parameters, sizes, strict=True)
+            ]
+        )
+        for i, p in enumerate(parameters):
+            shape = p.value.shape
+            p.value = self.value.split(sizes)[i].view(shape)
+            p.moments = [m.split(sizes)[i].view(shape) for m in self.moments]
+
+    def joined(self, values: list[Tensor]) -> Tensor:
+        if len(values) == 1:
+            return values[0]
+        return torch.cat([value.flatten() for value in values])
+
     def spread(self, vector: Tensor | float) -> Tensor | float:
         """Values of the networks as values of the rows, to multiply `value` with."""
         if isinstance(vector, float):
             return vector
-        return vector.index_select(0, self.owner).view(-1, *[1] * (self.value.ndim - 1))
+        return self._upright(vector.index_select(0, self.owner))
+
+    def spread_to_weights(self, vector: Tensor | float) -> Tensor | float:
+        """The same, and 0 for biases."""
+        factor = self.spread(vector)
+        return factor if self.is_weight is None else self._upright(self.is_weight) * factor
+
+    def _upright(self, rows: Tensor) -> Tensor:
+        return rows.view(-1, *[1] * (self.value.ndim - 1))
 
 
 @dataclass
@@ -411,7 +583,7 @@ class _Tower:
             if mask is not None:
                 h = h * mask
             trail.append((kept, h, mask))
-            z = torch.baddbmm(biases.value.to(h.dtype), weights.value.to(h.dtype), h)
+            z = torch.baddbmm(_as(biases.value, h.dtype), _as(weights.value, h.dtype), h)
         return z, trail
 
     def backward(
@@ -423,10 +595,10 @@ class _Tower:
             reversed(self.tails), reversed(trail), strict=True
         ):
             dtype = weights.value.dtype
-            of_bias = d.sum(2, keepdim=True).to(dtype)
-            of_weight = torch.bmm(d, h.transpose(1, 2)).to(dtype)
+            of_bias = _as(d.sum(2, keepdim=True), dtype)
+            of_weight = _as(torch.bmm(d, h.transpose(1, 2)), dtype)
             gradients[:0] = [of_weight, of_bias]
-            d = torch.bmm(weights.value.to(d.dtype).transpose(1, 2), d)
+            d = torch.bmm(_as(weights.value, d.dtype).transpose(1, 2), d)
             if mask is not None:
                 d = d * mask
             d = _ACTIVATIONS[self.activation].backward(d, kept)
@@ -441,6 +613,11 @@ class _Tower:
             keep.bernoulli_(1 - share, generator=model.job.generators.dropout).div_(1 - share)
             part.copy_(keep.t())
         return mask
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes ten times as long to find out that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class _Activation:
@@ -495,7 +672,6 @@ class _Stack:
         autocast = job.precision.name == "bfloat16"
         self.dtype = torch.bfloat16 if autocast else job.precision.weights
         self._join(towers)
-        self.optimizer = _Optimizer(self.models, self.parameters)
 
     def _join(self, towers: dict[tuple, list[_Model]]) -> None:
         owners = list(range(len(self.models)))
@@ -525,43 +701,71 @@ class _Stack:
             start, row = start + len(alike), row + n_rows
         pairs = [self.first, *(pair for tower in self.towers for pair in tower.tails)]
         self.parameters = [parameters for pair in pairs for parameters in pair]
+        self.optimizer = _Optimizer(self.models, self.parameters)
+        for parameters in self.parameters:
+            parameters.lend()
 
     def dissolve(self) -> None:
         """Give every network its own weights, moments and place in the order of the rows."""
         moments: list[list[list[Tensor]]] = [[] for _ in self.models]
-        for first, second in zip(self.parameters[::2], self.parameters[1::2], strict=True):
-            for parameters in (first, second):
-                for owner, own in zip(parameters.owners, parameters.dissolve(), strict=True):
-                    moments[owner].append(own)
-        for model, own in zip(self.models, moments, strict=True):
-            model.moments = own if any(own) else []
+        for parameters in self.parameters:
+            for owner, of_one in zip(parameters.owners, parameters.dissolve(), strict=True):
+                moments[owner].append(of_one)
+        for model, of_all in zip(self.models, moments, strict=True):
+            model.moments = of_all if any(of_all) else []
             model.job.generators.order.set_state(self.order.get_state())
 
     # -- an epoch ----------------------------------------------------------------------------------
 
-    def run_epoch(self) -> None:
+    def run_epoch(self, is_cancelled: Callable[[], bool]) -> list[dict[str, Any]]:
+        """Train for an epoch; a row of the history for each network, or none if cancelled."""
         start = time.perf_counter()
-        for model in self.models:
-            model.job.on_epoch_begin()
         with torch.no_grad():
             index, sizes = self.batches.epoch()
             targets = self.loss.targets(index)
             logits = self._space_for_logits(len(self.train))
             self.optimizer.begin_epoch(sizes, targets)
-            at = 0
+            pieces = self._pieces(index, sizes, targets, logits)
             for k, size in enumerate(sizes):
-                rows = self.train.rows
-                picked = slice(at, at + size)
-                batch = rows[picked] if index is None else rows.index_select(0, index[picked])
-                self.optimizer.step(k, self._gradients(batch, at, k, targets, logits))
-                at += size
+                if is_cancelled():
+                    return []
+                gradients = self._gradients(next(pieces))
+                for _ in range(PIECE_ROWS, size, PIECE_ROWS):
+                    more = self._gradients(next(pieces))
+                    for gradient, addition in zip(gradients, more, strict=True):
+                        gradient.add_(addition)
+                self.optimizer.step(k, gradients)
             losses, accuracies = self.loss.figures(logits, targets)
             if self.optimizer.penalises:
-                losses = losses + self.optimizer.penalties()
+                losses = losses + self.optimizer.mean_penalties()
             figures = {"train_loss": losses, "train_accuracy": accuracies}
             if self.validation is not None:
                 figures["valid_loss"], figures["valid_accuracy"] = self._validate(self.validation)
-        self._close_epoch({name: values.tolist() for name, values in figures.items()}, start)
+        return self._rows({name: v.tolist() for name, v in figures.items()}, start)
+
+    def _pieces(
+        self, index: Tensor | None, sizes: list[int], targets: _Targets, logits: list[Tensor]
+    ) -> Iterator[_Piece]:
+        """The batches of an epoch, large ones in pieces; cut all at once, which is quicker."""
+        parts = [
+            (min(PIECE_ROWS, size - at), 1.0 / size)
+            for size in sizes
+            for at in range(0, size, PIECE_ROWS)
+        ]
+        lengths = [length for length, _ in parts]
+        order = None if index is None else index.split(lengths)
+        rows = self.train.rows[: sum(lengths)].split(lengths) if order is None else None
+        wanted = [w.split(lengths, 2) for w in self.loss.of_towers(targets.wanted)]
+        spaces = [space.split(lengths, 2) for space in logits]
+        weights = targets.shares(sizes)
+        shares = [w[:, None].split(lengths, 2) for w in self.loss.of_towers(weights)]
+        for i, (_, share) in enumerate(parts):
+            yield _Piece(
+                rows[i] if rows is not None else self.train.rows.index_select(0, order[i]),  # type: ignore[index]
+                [w[i] for w in wanted],
+                [w[i] for w in shares] if shares else [share] * len(wanted),
+                [space[i] for space in spaces],
+            )
 
     def _space_for_logits(self, n_rows: int) -> list[Tensor]:
         """Of each tower's networks, (n_models, n_outputs, n_rows): they are read once an epoch."""
@@ -569,61 +773,46 @@ class _Stack:
         sizes = [len(tower.models) for tower in self.towers]
         return [like.new_empty(size, self.loss.n_outputs, n_rows) for size in sizes]
 
-    def _close_epoch(self, figures: dict[str, list[float]], start: float) -> None:
+    def _rows(self, figures: dict[str, list[float]], start: float) -> list[dict[str, Any]]:
+        """Of the history, in the order of a lone fit's."""
         seconds = time.perf_counter() - start
-        operations = [_operations(model.job) for model in self.models]
+        total = sum(model.cost for model in self.models)
+        rows = []
         for i, model in enumerate(self.models):
-            model.n_rows_seen += len(self.train)
-            model.operations += operations[i]
             row = {
                 "epoch": len(model.conductor.history) + 1,
                 "train_loss": figures["train_loss"][i],
                 "train_accuracy": figures["train_accuracy"][i],
                 "learning_rate": model.rates.optimizer.param_groups[0]["lr"],
-                "seconds": seconds * operations[i] / sum(operations),
+                "seconds": seconds * model.cost / total,
             }
             valid = ("valid_loss", "valid_accuracy")
-            model.epoch_over(row | {name: figures[name][i] for name in valid if name in figures})
+            rows.append(row | {name: figures[name][i] for name in valid if name in figures})
+        return rows
 
-    def _gradients(
-        self, rows: Tensor, start: int, step: int, targets: _Targets, logits: list[Tensor]
-    ) -> list[Tensor]:
-        """Of the mean losses of one batch, for all parameters in order."""
-        gradients: list[Tensor] = []
-        for at in range(0, len(rows), PIECE_ROWS):
-            piece = rows[at : at + PIECE_ROWS]
-            part = slice(start + at, start + at + len(piece))
-            more = self._gradients_of_piece(piece, part, step, targets, logits)
-            if not gradients:
-                gradients = more
-            else:
-                for gradient, addition in zip(gradients, more, strict=True):
-                    gradient.add_(addition)
-        return gradients
-
-    def _gradients_of_piece(
-        self, rows: Tensor, part: slice, step: int, targets: _Targets, logits: list[Tensor]
-    ) -> list[Tensor]:
-        x, z = self._first_layer(rows)  # (n_rows, n_features), (n_units of all, n_rows)
-        shares = self.optimizer.share(step)
+    def _gradients(self, piece: _Piece) -> list[Tensor]:
+        """Of the mean losses, for all parameters in order."""
+        x, z = self._first_layer(piece.rows)  # (n_rows, n_features), (n_units of all, n_rows)
         of_first, tails = [], []
-        for i, tower in enumerate(self.towers):
-            outputs, trail = tower.forward(z[tower.rows], training=True)
-            logits[i][:, :, part] = outputs
-            d = self.loss.gradient(outputs, i, part, targets, shares)
-            back, gradients = tower.backward(d.to(self.dtype), trail)
+        for tower, wanted, shares, space in zip(
+            self.towers, piece.wanted, piece.shares, piece.logits, strict=True
+        ):
+            logits, trail = tower.forward(z[tower.rows], training=True)
+            space.copy_(logits)
+            d = self.loss.gradient(logits, wanted, shares)
+            back, gradients = tower.backward(_as(d, self.dtype), trail)
             of_first.append(back)
             tails += gradients
         d = of_first[0] if len(of_first) == 1 else torch.cat(of_first)
         dtype = self.first[0].value.dtype
-        of_weights = matrix_product(d, x.t()).to(dtype)
-        return [of_weights, d.sum(1, keepdim=True).to(dtype), *tails]
+        of_weights = _as(matrix_product(d, x.t()), dtype)
+        return [of_weights, _as(d.sum(1, keepdim=True), dtype), *tails]
 
     def _first_layer(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         weights, biases = self.first
-        x = self.reader(rows).to(self.dtype)
-        z = matrix_product(weights.value.to(self.dtype), x)
-        return x, z.add_(biases.value.to(self.dtype))
+        x = _as(self.reader(rows), self.dtype)
+        z = matrix_product(_as(weights.value, self.dtype), x)
+        return x, z.add_(_as(biases.value, self.dtype))
 
     def _validate(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of each network on the validation rows, (n_models,)."""
@@ -638,6 +827,16 @@ class _Stack:
         return self.loss.figures(logits, self.loss.validation_targets(samples))
 
 
+@dataclass(slots=True)
+class _Piece:
+    """What a forward pass and the way back take; lists have an entry for each tower."""
+
+    rows: Tensor
+    wanted: list[Tensor]  # (n_models or 1, n_outputs, n_rows)
+    shares: Sequence[Tensor | float]  # of the rows in the loss, (n_models or 1, 1, n_rows)
+    logits: list[Tensor]  # where they go
+
+
 def _architecture(module: nn.Module) -> tuple[tuple[int, ...], str, bool]:
     """Widths of all layers, the activation's class and whether there is dropout."""
     widths = tuple(layer.out_features for layer in _dense_layers(module))
@@ -648,11 +847,6 @@ def _architecture(module: nn.Module) -> tuple[tuple[int, ...], str, bool]:
 
 def _dropout(module: nn.Module) -> float:
     return next(layer.p for layer in module.modules() if isinstance(layer, nn.Dropout))
-
-
-def _operations(job: TrainingJob) -> float:
-    """Of one epoch, up to a common factor."""
-    return float(sum(layer.weight.numel() for layer in _dense_layers(job.module)) * len(job.train))
 
 
 # -- losses, figures, updates ----------------------------------------------------------------------
@@ -684,6 +878,13 @@ class _Targets:
             self.codes.index_select(1, index), self.wanted.index_select(2, index), weights
         )
 
+    def shares(self, sizes: list[int]) -> Tensor | None:
+        """Weights over the sum of their batch, (n_models or 1, n_rows)."""
+        if self.weights is None:
+            return None
+        sums = self.weight_sums(sizes).repeat_interleave(torch.tensor(sizes), 0)
+        return self.weights / sums.T.to(self.weights)
+
     def weight_sums(self, sizes: list[int]) -> Tensor:
         """Of each batch and network, (n_batches, n_models or 1), float64 on the CPU."""
         if self.weights is None:
@@ -698,7 +899,7 @@ class _Loss:
     def __init__(self, jobs: list[TrainingJob], train: Samples, bounds: list[slice]) -> None:
         criteria = [job.criterion for job in jobs]
         self.kind = criteria[0].loss
-        self.n_outputs = jobs[0].module.head.out_features  # type: ignore[union-attr]
+        self.n_outputs = _dense_layers(jobs[0].module)[-1].out_features
         self.bounds = bounds  # of the towers' networks
         self.dtype = jobs[0].precision.weights
         smoothing = [float(criterion.label_smoothing) for criterion in criteria]  # type: ignore[arg-type]
@@ -736,25 +937,24 @@ class _Loss:
         wanted = self._wanted(codes, [0.0])
         return _Targets(codes, wanted, None if weight is None else weight[None])
 
-    def of(self, tower: int, values: Tensor) -> Tensor:
-        """A tower's part of what all networks or each have."""
-        return values if len(values) == 1 else values[self.bounds[tower]]
+    def of_towers(self, values: Tensor | None) -> list[Tensor]:
+        """Each tower's part of what all networks or each have."""
+        if values is None:
+            return []
+        if len(values) == 1:
+            return [values] * len(self.bounds)
+        return [values[bounds] for bounds in self.bounds]
 
-    def gradient(
-        self, logits: Tensor, tower: int, part: slice, targets: _Targets, shares: Tensor | float
-    ) -> Tensor:
+    def gradient(self, logits: Tensor, wanted: Tensor, shares: Tensor | float) -> Tensor:
         """Of the mean loss of a batch; `shares` are its rows' weights over their sum."""
-        logits = logits.to(self.dtype)
-        wanted = self.of(tower, targets.wanted)[:, :, part]
+        logits = _as(logits, self.dtype)
         if self.kind == "squared_error":
             d = (logits - wanted).div_(self.n_outputs)
         elif self.n_outputs == 1:
             d = torch.sigmoid(logits).sub_(wanted)
         else:
             d = torch.softmax(logits, 1).sub_(wanted)
-        if isinstance(shares, float):
-            return d.mul_(shares)
-        return d.mul_(self.of(tower, shares)[:, None, part])
+        return d.mul_(shares)
 
     def losses(self, logits: Tensor, wanted: Tensor) -> Tensor:
         """Of every network and row, (n_models, n_rows)."""
@@ -769,18 +969,18 @@ class _Loss:
     def figures(self, logits: list[Tensor], targets: _Targets) -> tuple[Tensor, Tensor]:
         """Weighted mean loss and accuracy of each network, (n_models,), on the CPU."""
         means = []
-        for tower, outputs in enumerate(logits):
-            losses = self.losses(outputs, self.of(tower, targets.wanted))
-            right = self._right(outputs, self.of(tower, targets.codes))
+        own = (self.of_towers(values) for values in (targets.wanted, targets.codes))
+        all_weights = self.of_towers(targets.weights)
+        for i, (outputs, wanted, codes) in enumerate(zip(logits, *own, strict=True)):
+            losses, right = self.losses(outputs, wanted), self._right(outputs, codes)
             both = torch.stack([losses.double(), right.double()])  # (2, n_models, n_rows)
-            if targets.weights is None:
+            if not all_weights:
                 means.append(both.mean(2))
             else:
-                weights = self.of(tower, targets.weights).double()
+                weights = all_weights[i].double()
                 means.append((both * weights).sum(2) / weights.sum(1))
         loss, accuracy = torch.cat(means, 1).cpu()
         return loss, accuracy
-
 
     def _right(self, outputs: Tensor, codes: Tensor) -> Tensor:
         """Whether the predicted class is that of the code, (n_models, n_rows).
@@ -810,144 +1010,154 @@ class _Optimizer:
         # as in a lone fit: clipping comes between the penalty and the decay, and AdamW's decay is
         # no part of the gradient
         self.adds_penalty = self.solver == "adamw" or self.clips_norm or self.clips_value
+        self.n_steps = models[0].rates.step
+        n_moments = 2
+        if self.solver == "sgd":
+            n_moments = 1 if any(recipe.momentum for recipe in self.recipes) else 0
+        is_large = [p.value.numel() >= _SMALL for p in parameters]
+        small = [i for i, large in enumerate(is_large) if not large]
+        self.places = [[i] for i, large in enumerate(is_large) if large]
+        self.places += [small] if small else []
+        self.blocks = [_Block([parameters[i] for i in of], n_moments) for of in self.places]
+        # of each network's weights or, in the first layer, each unit's
+        self.weights = [(p.value.flatten(1), p.owner) for p in parameters if p.is_weight]
         self.like = parameters[0].value
         self.data_weights = [model.job.train.total_weight() for model in models]
-        self.n_steps = models[0].rates.step
-        n_moments = {"sgd": 1 if any(r.momentum for r in self.recipes) else 0}.get(self.solver, 2)
-        for p in parameters:
-            if not p.moments:
-                p.moments = [torch.zeros_like(p.value) for _ in range(n_moments)]
-        names = ("momentum", "beta_1", "beta_2", "epsilon", "weight_decay")
-        self.constants = {name: self._spread(self._vector(name)) for name in names}
+        names = ("momentum", "beta_1", "beta_2", "epsilon")
+        self.constants = {name: self._spread(self._of_recipes(name)) for name in names}
+        self.decays = self._spread_to_weights(self._of_recipes("weight_decay"))
         if self.clips_norm:
-            limits = [r.clip_grad_norm for r in self.recipes]
-            self.norm_limit = torch.tensor(limits, dtype=torch.float64).to(self.like)
+            self.norm_limit = torch.as_tensor(self._of_recipes("clip_grad_norm")).to(self.like)
         if self.clips_value:
-            self.value_limit = self._spread(self._vector("clip_grad_value"))
+            self.value_limit = self._spread(self._of_recipes("clip_grad_value"))
 
-    def _vector(self, values: str | list[float] | Tensor) -> Tensor | float:
-        """A value for each network, or the one they share; by the parameter's name or as given."""
-        if isinstance(values, str):
-            values = [float(getattr(recipe, values)) for recipe in self.recipes]
-        if isinstance(values, Tensor):
-            values = values.tolist()
+    def _of_recipes(self, name: str) -> Tensor | float:
+        return self._vector([float(getattr(recipe, name)) for recipe in self.recipes])
+
+    def _vector(self, values: list[float]) -> Tensor | float:
+        """A value for each network, or the one that they share."""
         if len(set(values)) == 1:
             return values[0]
         return torch.tensor(values, dtype=torch.float64).to(self.like)
 
     def _spread(self, vector: Tensor | float) -> list[Tensor | float]:
-        return [p.spread(vector) for p in self.parameters]
+        return [block.spread(vector) for block in self.blocks]
+
+    def _spread_to_weights(self, vector: Tensor | float) -> list[Tensor | float]:
+        return [block.spread_to_weights(vector) for block in self.blocks]
 
     # -- what an epoch's steps share -----------------------------------------------------------
 
     def begin_epoch(self, sizes: list[int], targets: _Targets) -> None:
         rates = [model.rates.next_rates(len(sizes)) for model in self.models]
-        self.rates = torch.tensor(rates, dtype=torch.float64).T  # (n_batches, n_models)
+        rate_table = torch.tensor(rates, dtype=torch.float64).T  # (n_batches, n_models)
         self.sums = targets.weight_sums(sizes)  # (n_batches, n_models or 1)
-        self.shares: Tensor | list[float] = [1.0 / size for size in sizes]
-        if targets.weights is not None:
-            repeats = torch.tensor(sizes)
-            per_row = self.sums.repeat_interleave(repeats, 0).T.to(targets.weights)
-            self.shares = targets.weights / per_row
         alphas = torch.tensor([r.alpha for r in self.recipes], dtype=torch.float64)
         over_data = torch.tensor([r.alpha_over_data for r in self.recipes])
         data = torch.tensor(self.data_weights, dtype=torch.float64)
-        self.strengths = alphas / torch.where(over_data, data, self.sums)  # (n_batches, n_models)
+        strengths = alphas / torch.where(over_data, data, self.sums)  # (n_batches, n_models)
         decays = torch.tensor([r.weight_decay for r in self.recipes], dtype=torch.float64)
-        self.coupled = self.strengths + (0.0 if self.solver == "adamw" else decays)
+        self.coupled = strengths + (0.0 if self.solver == "adamw" else decays)
         self.penalises = bool(self.coupled.any())
-        self.cached: dict[tuple, list[Tensor | float]] = {}
-        rows = [p.owner for p in self.parameters if p.penalised]
-        self.owner_of_norm = torch.cat(rows)
-        self.norms = self.like.new_zeros(len(sizes), len(self.owner_of_norm))
+        self.norms = [self.like.new_zeros(len(sizes), len(owner)) for _, owner in self.weights]
+        # that of most steps is the same
+        self.rates = _Table(rate_table, self._spread, self._vector)
+        penalties = strengths if self.adds_penalty else self.coupled
+        self.penalties = _Table(penalties, self._spread_to_weights, self._vector)
 
-    def share(self, step: int) -> Tensor | float:
-        return self.shares[step] if isinstance(self.shares, list) else self.shares
-
-    def _of_step(self, name: str, step: int) -> list[Tensor | float]:
-        """A table's row, spread; few of them differ within an epoch."""
-        row = getattr(self, name)[step]
-        key = (name, *row.tolist())
-        if key not in self.cached:
-            if len(self.cached) > 16:
-                self.cached.clear()
-            self.cached[key] = self._spread(self._vector(row))
-        return self.cached[key]
-
-    def penalties(self) -> Tensor:
+    def mean_penalties(self) -> Tensor:
         """What the penalty adds to each network's mean loss of the epoch, (n_models,)."""
-        squares = self.norms.double().square_()
-        per_model = squares.new_zeros(len(squares), len(self.models))
-        per_model.index_add_(1, self.owner_of_norm, squares)
+        per_model = torch.zeros(self.coupled.shape, dtype=torch.float64, device=self.like.device)
+        for norms, (_, owner) in zip(self.norms, self.weights, strict=True):
+            per_model.index_add_(1, owner, norms.double().square_())
         shares = self.sums / self.sums.sum(0)
         return (self.coupled / 2 * per_model.cpu() * shares).sum(0)
 
     # -- a step --------------------------------------------------------------------------------
 
     def step(self, k: int, gradients: list[Tensor]) -> None:
+        """Update all networks with the gradients of their parameters."""
         self.n_steps += 1
+        joined = [
+            block.joined([gradients[i] for i in places])
+            for block, places in zip(self.blocks, self.places, strict=True)
+        ]
         if self.penalises:
-            self._record_norms(k)
-        strengths = self._of_step("strengths" if self.adds_penalty else "coupled", k)
-        self._add_weights(gradients, strengths)
+            for norms, (weights, _) in zip(self.norms, self.weights, strict=True):
+                torch.linalg.vector_norm(weights, dim=1, out=norms[k])
+            self._add_weights(joined, self.penalties[k])
         if self.clips_value:
-            for gradient, limit in zip(gradients, self.value_limit, strict=True):
+            for gradient, limit in zip(joined, self.value_limit, strict=True):
                 gradient.clamp_(-limit, limit)  # type: ignore[arg-type]
         if self.clips_norm:
-            self._clip_norms(gradients)
+            self._clip_norms(joined)
         if self.adds_penalty and self.solver != "adamw":
-            self._add_weights(gradients, self.constants["weight_decay"])
+            self._add_weights(joined, self.decays)
         update = self._sgd if self.solver == "sgd" else self._adam
-        for i, (rate, gradient) in enumerate(
-            zip(self._of_step("rates", k), gradients, strict=True)
-        ):
-            update(i, self.parameters[i], gradient, rate)
-
-    def _record_norms(self, k: int) -> None:
-        at = 0
-        for p in self.parameters:
-            if p.penalised:
-                rows = slice(at, at + len(p.value))
-                torch.linalg.vector_norm(p.value.flatten(1), dim=1, out=self.norms[k, rows])
-                at = rows.stop
+        for i, (rate, gradient) in enumerate(zip(self.rates[k], joined, strict=True)):
+            update(i, self.blocks[i], gradient, rate)
 
     def _add_weights(self, gradients: list[Tensor], factors: list[Tensor | float]) -> None:
-        for p, gradient, factor in zip(self.parameters, gradients, factors, strict=True):
-            if p.penalised:
-                _add_scaled(gradient, p.value, factor)
+        for block, gradient, factor in zip(self.blocks, gradients, factors, strict=True):
+            _add_scaled(gradient, block.value, factor)
 
     def _clip_norms(self, gradients: list[Tensor]) -> None:
         squares = self.like.new_zeros(len(self.models))
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            squares.index_add_(0, p.owner, gradient.flatten(1).square().sum(1))
+        for block, gradient in zip(self.blocks, gradients, strict=True):
+            of_rows = gradient.square().reshape(block.owner.shape[0], -1).sum(1)
+            squares.index_add_(0, block.owner, of_rows)
         factors = (self.norm_limit / (squares.sqrt() + 1e-6)).clamp_(max=1.0)
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            gradient.mul_(p.spread(factors))
+        for block, gradient in zip(self.blocks, gradients, strict=True):
+            gradient.mul_(block.spread(factors))
 
-    def _sgd(self, i: int, p: _Parameters, gradient: Tensor, rate: Tensor | float) -> None:
-        if p.moments:
+    def _sgd(self, i: int, block: _Block, gradient: Tensor, rate: Tensor | float) -> None:
+        if block.moments:
             momentum = self.constants["momentum"][i]
+            buffer = block.moments[0]
             if isinstance(momentum, float):
-                torch.add(gradient, p.moments[0], alpha=momentum, out=p.moments[0])
+                torch.add(gradient, buffer, alpha=momentum, out=buffer)
             else:
-                p.moments[0].mul_(momentum).add_(gradient)
+                buffer.mul_(momentum).add_(gradient)
             if self.nesterov:
-                _add_scaled(gradient, p.moments[0], momentum)
+                _add_scaled(gradient, buffer, momentum)
             else:
-                gradient = p.moments[0]
-        _add_scaled(p.value, gradient, -rate)
+                gradient = buffer
+        _subtract_scaled(block.value, gradient, rate)
 
-    def _adam(self, i: int, p: _Parameters, gradient: Tensor, rate: Tensor | float) -> None:
-        beta_1, beta_2, epsilon, decay = (
-            self.constants[name][i] for name in ("beta_1", "beta_2", "epsilon", "weight_decay")
+    def _adam(self, i: int, block: _Block, gradient: Tensor, rate: Tensor | float) -> None:
+        beta_1, beta_2, epsilon = (
+            self.constants[name][i] for name in ("beta_1", "beta_2", "epsilon")
         )
-        if self.solver == "adamw" and p.penalised:
-            p.value.mul_(1 - rate * decay)
-        mean, square = p.moments
+        if self.solver == "adamw":
+            block.value.mul_(1 - rate * self.decays[i])
+        mean, square = block.moments
         mean.lerp_(gradient, 1 - beta_1)
         square.mul_(beta_2).add_(gradient.square_().mul_(1 - beta_2))
         root = (square / (1 - beta_2**self.n_steps)).sqrt_().add_(epsilon)
-        _add_scaled(p.value, mean / root, -rate / (1 - beta_1**self.n_steps))
+        rate = rate / (1 - beta_1**self.n_steps)
+        _subtract_scaled(block.value, root.reciprocal_().mul_(mean), rate)
+
+
+class _Table:
+    """Factors of the networks in each step, (n_batches, n_models), as the blocks want them."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        spread: Callable[[Tensor | float], list[Tensor | float]],
+        vector: Callable[[list[float]], Tensor | float],
+    ) -> None:
+        rows = [tuple(row) for row in values.tolist()]
+        few = len(set(rows)) <= 2  # batches of two sizes
+        self.rows, self.spread, self.vector = rows, spread, vector
+        self.known = {row: self._made(row) for row in set(rows)} if few else {}
+
+    def _made(self, row: tuple[float, ...]) -> list[Tensor | float]:
+        return self.spread(self.vector(list(row)))
+
+    def __getitem__(self, step: int) -> list[Tensor | float]:
+        row = self.rows[step]
+        return self.known[row] if self.known else self._made(row)
 
 
 def _add_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
@@ -955,3 +1165,10 @@ def _add_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
         target.addcmul_(source, factor)
     elif factor:
         target.add_(source, alpha=factor)
+
+
+def _subtract_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
+    if isinstance(factor, Tensor):
+        target.addcmul_(source, factor, value=-1)
+    elif factor:
+        target.sub_(source, alpha=factor)

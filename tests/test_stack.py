@@ -1,5 +1,7 @@
 """Many networks trained as one: each comes out as if it had been trained alone."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -245,16 +247,53 @@ def test__out_of_memory__halves_the_group(digits, monkeypatch):
     stack, sizes = _stack._Stack, []
 
     class _Small(stack):
-        def run_epoch(self):
+        def run_epoch(self, is_cancelled):
+            rows = super().run_epoch(is_cancelled)
             if not self.models[0].conductor.history:
                 sizes.append(len(self.models))
-                if len(self.models) > 1:
+                if len(self.models) > 1:  # when much is done already
                     raise torch.OutOfMemoryError("CUDA out of memory")
-            super().run_epoch()
+            return rows
 
     monkeypatch.setattr(_stack, "_Stack", _Small)
     assert difference(MLP, RATES | {"dropout": [0.1]}, *digits) < 1e-9
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+@pytest.fixture
+def two_threads():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def test__several_stacks_at_once__equal_networks_trained_alone(digits, two_threads):
+    grid = RATES | {"batch_size": [50, 100, 200], "early_stopping": [True], "max_iter": [5, 20]}
+    jobs = jobs_of(MLP, grid, *digits)
+    assert [len(group) for group in groups_of(jobs)] == [24]
+    assert difference(MLP, grid | {"n_iter_no_change": [2]}, *digits) < 1e-9
+
+
+def test__many_stacks__are_cut_into_groups(digits, two_threads):
+    jobs = jobs_of(MLP, {"random_state": list(range(7))}, *digits)
+    assert [len(group) for group in groups_of(jobs)] == [2, 2, 3]
+
+
+def test__interrupt_while_several_stacks_train__ends_their_threads(digits, two_threads):
+    jobs = jobs_of(MLP, RATES | {"batch_size": [50, 100], "max_iter": [10_000]}, *digits)
+
+    def interrupt(row):
+        if row["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    jobs[0].on_epoch_end = interrupt
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        train_group(jobs)
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == 2
+    assert all(torch.isfinite(p).all() for job in jobs for p in job.module.parameters())
 
 
 # -- what becomes of single networks ---------------------------------------------------------------
