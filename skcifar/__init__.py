@@ -1,5 +1,8 @@
 """Small-image classification with scikit-learn's interface and torch's speed."""
 
+import joblib
+
+from skcifar._backend import Backend as _Backend
 from skcifar.cnn import CNNClassifier
 from skcifar.finetune import FineTunedClassifier
 from skcifar.mlp import MLPClassifier
@@ -16,3 +19,5 @@ __all__ = [
     "TripletEmbedder",
 ]
 __version__ = "0.1.0"
+
+joblib.register_parallel_backend("skcifar", _Backend)

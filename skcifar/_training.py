@@ -179,7 +179,7 @@ class Meeting(Protocol):
         """What `train_alone` does, when the meeting sees fit."""
 
     def seed(self, seed: int | None) -> int | None:
-        """The seed of a fit whose own is `seed`: None with random_state=None, and to leave it so."""
+        """The seed of a fit whose own is `seed`; None, for both, is one drawn at random."""
 
 
 # The meeting that the fits of this thread take part in, if any.

@@ -1,4 +1,4 @@
-"""Comparison of classifiers by cross-validation, in one table."""
+"""Searches whose fits are trained together, and the comparison of classifiers in one table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,18 @@ from sklearn.model_selection import BaseCrossValidator, check_cv, cross_validate
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length
 
-__all__ = ["compare"]
+from skcifar._search import (
+    BatchedGridSearchCV,
+    BatchedHalvingSearchCV,
+    BatchedRandomizedSearchCV,
+)
+
+__all__ = [
+    "BatchedGridSearchCV",
+    "BatchedHalvingSearchCV",
+    "BatchedRandomizedSearchCV",
+    "compare",
+]
 
 Split = tuple[NDArray[Any], NDArray[Any]]  # rows to train on, rows to score
 

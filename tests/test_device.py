@@ -9,6 +9,7 @@ from skcifar._device import (
     BatchReader,
     Generators,
     as_tensor,
+    free_memory,
     pixel_statistics,
     reflected,
     resolve_device,
@@ -198,3 +199,10 @@ def test__reader_on_meta__needs_no_data():
 
 def test__device_auto__is_a_device():
     assert resolve_device("auto").type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(("n_free", "n_counted"), [(10, 50), (80, 80)])
+def test__free_memory__is_half_of_all_where_cached_files_fill_it(n_free, n_counted, monkeypatch):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": n_free, "SC_PHYS_PAGES": 100}
+    monkeypatch.setattr("os.sysconf", pages.__getitem__)
+    assert free_memory(torch.device("cpu")) == n_counted * 4096

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import ParameterGrid
 
-from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression, _stack
+from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression, _stack, _stacked_networks
 from skcifar._stack import groups_of, train_group, why_alone
 from skcifar._training import MEETING, train_alone
 
@@ -188,7 +188,7 @@ def test__one_setting_off__difference_is_seen(digits):
 
 
 def test__large_batches__are_read_in_pieces_with_equal_result(digits, monkeypatch):
-    monkeypatch.setattr(_stack, "PIECE_ROWS", 64)
+    monkeypatch.setattr(_stacked_networks, "PIECE_ROWS", 64)
     assert difference(MLP, RATES | {"batch_size": ["full", 200]}, *digits) < 1e-9
 
 
@@ -244,7 +244,7 @@ def test__little_memory__cuts_groups_with_equal_result(name, digits, monkeypatch
 
 
 def test__out_of_memory__halves_the_group(digits, monkeypatch):
-    stack, sizes = _stack._Stack, []
+    stack, sizes = _stack.Stack, []
 
     class _Small(stack):
         def run_epoch(self, is_cancelled):
@@ -255,7 +255,7 @@ def test__out_of_memory__halves_the_group(digits, monkeypatch):
                     raise torch.OutOfMemoryError("CUDA out of memory")
             return rows
 
-    monkeypatch.setattr(_stack, "_Stack", _Small)
+    monkeypatch.setattr(_stack, "Stack", _Small)
     assert difference(MLP, RATES | {"dropout": [0.1]}, *digits) < 1e-9
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
 

@@ -1,0 +1,220 @@
+"""Command ``python -m skcifar compare``: several classifiers in one table."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from sklearn.base import BaseEstimator
+
+from skcifar._command_line import (
+    MODELS,
+    TABLE_WIDTH,
+    UsageError,
+    add_data_options,
+    announce,
+    check_device,
+    check_folds,
+    check_writable,
+    configured,
+    has_matplotlib,
+    integer_from,
+    read_splits,
+    replacing,
+)
+from skcifar.model_selection import compare
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# scikit-learn's own take minutes a fold on CIFAR-10, and ImageNet's weights are a download: those
+# run when they are named.
+DEFAULT_MODELS = {
+    "digits": ["softmax", "mlp", "cnn", "triplet", "sklearn-logistic", "sklearn-mlp", "dummy"],
+    "mnist": ["softmax", "mlp", "cnn", "triplet", "dummy"],
+    "cifar10": ["softmax", "mlp", "cnn", "triplet", "dummy"],
+}
+
+# What a column of the histories begins with, and how its curve is drawn: the blue and the
+# vermilion of Okabe and Ito, told apart by colour-blind eyes, and by their dashes in print.
+CURVES = {"train": "training rows", "valid": "validation rows"}
+CURVE_STYLES: list[dict[str, Any]] = [
+    {"color": "#0072B2", "linestyle": "-"},
+    {"color": "#D55E00", "linestyle": "--"},
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Cross-validate several classifiers on the same folds and print one table. "
+        "triplet is TripletEmbedder and nearest neighbours, finetuned FineTunedClassifier on a "
+        "TripletEmbedder; alexnet and resnet18 are ImageNet features, whose weights are "
+        "downloaded, and MLPClassifier: they keep the features in the data home. "
+        "For mnist and cifar10 the official training split is cross-validated, then each model "
+        "is fitted to all of it and scored on the official test split."
+    )
+    add_data_options(parser)
+    add = parser.add_argument
+    add(
+        "--models",
+        metavar="A,B,...",
+        help=f"of {', '.join(MODELS)}; default: {', '.join(DEFAULT_MODELS['cifar10'])}, and "
+        "scikit-learn's for digits",
+    )
+    add("--cv", type=integer_from(2), default=5, metavar="K", help="stratified folds; default: 5")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write table.csv, histories.csv and, with matplotlib, learning_curves.png to DIR",
+    )
+    add("--quiet", action="store_true", help="no progress on stderr")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    tell = (lambda text: None) if arguments.quiet else announce
+    estimators = _estimators(arguments)
+    if arguments.output is not None:
+        check_writable(arguments.output)
+
+    tell(f"reading {arguments.data}")
+    train, held_out = read_splits(arguments)
+    check_folds(train.y, arguments.cv)
+
+    table = compare(
+        estimators,
+        *train,
+        cv=arguments.cv,
+        X_test=held_out.X if held_out else None,
+        y_test=held_out.y if held_out else None,
+        verbose=0 if arguments.quiet else 2,
+    ).sort_values("cv_mean", ascending=False, kind="stable")
+
+    title = (
+        f"{arguments.data}: {len(train.y):,} images of {len(np.unique(train.y))} classes, "
+        f"{arguments.cv} folds, seed {arguments.seed}"
+    )
+    print(f"{title}\n\n{_format(table)}", flush=True)
+    if arguments.output is not None:
+        try:
+            _write_results(table, arguments.output, title, tell)
+        except OSError as error:
+            raise UsageError(f"cannot write the results: {error}") from error
+    return 1 if table["cv_mean"].isna().all() else 0
+
+
+def _estimators(arguments: argparse.Namespace) -> dict[str, BaseEstimator]:
+    check_device(arguments.device)
+    if arguments.models is None:
+        names = DEFAULT_MODELS[arguments.data]
+    else:
+        names = [name.strip() for name in arguments.models.split(",")]
+    for name in names:
+        if name not in MODELS:
+            raise UsageError(
+                f"argument --models: unknown model {name!r}; choose from {', '.join(MODELS)}"
+            )
+        if names.count(name) > 1:
+            raise UsageError(f"argument --models: {name!r} is named more than once")
+    return {name: configured(MODELS[name](arguments.device), arguments) for name in names}
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+
+def _format(table: pd.DataFrame) -> str:
+    """Lay the table out in columns; an error follows its row."""
+    header = ["model", "cv accuracy", "difference, 95% interval"]
+    header += ["train", "test", "fit s", "predict s", "epochs"]
+    lines = [header, *(_cells(row) for row in table.to_dict("records"))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line, error in zip(lines, [None, *table["error"]], strict=True):
+        words = [word.ljust(width) for word, width in zip(line[:3], widths[:3], strict=True)]
+        words += [word.rjust(width) for word, width in zip(line[3:], widths[3:], strict=True)]
+        text.append("  ".join(words).rstrip())
+        if isinstance(error, str):
+            text.append("  " + textwrap.shorten(f"failed: {error}", TABLE_WIDTH - 2))
+    return "\n".join(text)
+
+
+def _cells(row: dict[Hashable, Any]) -> list[str]:
+    def number(column: str, digits: int) -> str:
+        return "-" if np.isnan(row[column]) else f"{row[column]:.{digits}f}"
+
+    if np.isnan(row["cv_mean"]):
+        accuracy, difference = "-", "-"
+    else:
+        accuracy = "{cv_mean:.4f} ± {cv_std:.4f}".format_map(row)
+        interval = "{difference:+.4f} [{difference_low:+.4f}, {difference_high:+.4f}]"
+        difference = "best" if row["difference"] == 0 else interval.format_map(row)
+    return [
+        row["model"],
+        accuracy,
+        difference,
+        number("train_score", 4),
+        number("test_score", 4),
+        number("fit_seconds", 2),
+        number("predict_seconds", 3),
+        number("epochs", 0),
+    ]
+
+
+def _write_results(
+    table: pd.DataFrame, folder: Path, title: str, tell: Callable[[str], None]
+) -> None:
+    columns = None if table.attrs["histories"] else ["model", "fold", "epoch"]
+    histories = pd.DataFrame(table.attrs["histories"], columns=columns)
+    with replacing(folder / "table.csv") as path:
+        tracebacks = table["model"].map(table.attrs["tracebacks"])
+        table.assign(traceback=tracebacks).to_csv(path, index=False)
+    with replacing(folder / "histories.csv") as path:
+        histories.to_csv(path, index=False)
+    tell(f"wrote table.csv and histories.csv to {folder}")
+    if histories.empty:
+        tell("no learning_curves.png: no model recorded its epochs")
+    elif has_matplotlib():
+        with replacing(folder / "learning_curves.png") as path:
+            _draw_learning_curves(histories, table, title).savefig(path, dpi=120)
+        tell(f"wrote learning_curves.png to {folder}")
+    else:
+        tell("no learning_curves.png: install matplotlib (pip install 'skcifar[plot]')")
+
+
+def _draw_learning_curves(histories: pd.DataFrame, table: pd.DataFrame, title: str) -> Figure:
+    """Draw loss above accuracy, one column a model: the mean over folds in their range."""
+    from matplotlib.figure import Figure
+
+    models = [model for model in table["model"] if model in set(histories["model"])]
+    figure = Figure(figsize=(1.5 + 2.9 * len(models), 6), layout="constrained")
+    figure.suptitle(f"{title}\nmean over folds, shaded from lowest to highest")
+    axes = figure.subplots(2, len(models), squeeze=False, sharex="col", sharey="row")
+    axes[0, 0].set_ylabel("loss (nats)")
+    axes[1, 0].set_ylabel("accuracy (share of images)")
+    for model, (upper, lower) in zip(models, axes.T, strict=True):
+        epochs = histories[histories["model"] == model]
+        upper.set_title(model)
+        lower.set_xlabel("epoch")
+        for axis, quantity in [(upper, "loss"), (lower, "accuracy")]:
+            axis.grid(alpha=0.3)
+            for (part, label), style in zip(CURVES.items(), CURVE_STYLES, strict=True):
+                column = f"{part}_{quantity}"
+                if column in epochs and epochs[column].notna().any():
+                    curves = epochs.pivot(index="epoch", columns="fold", values=column)
+                    low, high = curves.min(axis=1), curves.max(axis=1)
+                    axis.plot(curves.index, curves.mean(axis=1), label=label, **style)
+                    axis.fill_between(curves.index, low, high, color=style["color"], alpha=0.2)
+        final = table.loc[table["model"] == model, "cv_mean"].item()
+        lower.axhline(final, color="black", linestyle=":", label="left-out folds, after training")
+    handles = dict(
+        (label, handle)
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    return figure

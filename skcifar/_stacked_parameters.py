@@ -1,0 +1,306 @@
+"""The parameters of many networks in common tensors, and the updates that all take at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from skcifar._optimization import LearningRates, Recipe
+
+# Parameters with fewer numbers are updated as one: a call takes as long as some thousand of them.
+_SMALL = 2**15
+
+
+class Parameters:
+    """One parameter of all networks in one tensor, and their moments.
+
+    Attributes
+    ----------
+    value : tensor of shape (n_rows, ...)
+        The rows of the first network, of the second, and so on. Tails of one architecture have a
+        row for each network, (n, n_out, n_in), and biases a dimension for the samples: (n_rows, 1)
+        or (n, n_out, 1).
+    moments : list of tensors
+        The optimizer's, laid out alike.
+    owner : int64 tensor of shape (n_rows,)
+        Position of the network that a row belongs to.
+    """
+
+    def __init__(
+        self, owners: list[int], own: list[nn.Parameter], moments: list[list[Tensor]], tail: bool
+    ) -> None:
+        self.owners, self.own, self.tail = owners, own, tail
+        self.is_weight = own[0].ndim > 1  # penalised, unlike biases
+        self.sizes = [1 if tail else len(p) for p in own]
+        self.value = self._joined([p.data for p in own])
+        self.moments = [self._joined(list(m)) for m in zip(*moments, strict=True)]
+        rows = [owner for owner, size in zip(owners, self.sizes, strict=True) for _ in range(size)]
+        self.owner = torch.tensor(rows, device=self.value.device)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        parts = [part if part.ndim > 1 else part[:, None] for part in parts]
+        return torch.stack(parts) if self.tail else torch.cat(parts)
+
+    def _views(self, joined: Tensor) -> list[Tensor]:
+        views = list(joined) if self.tail else list(joined.split(self.sizes))
+        return [v if self.is_weight else v[:, 0] for v in views]
+
+    def lend(self) -> None:
+        """Let the networks' own parameters be views of `value`."""
+        for parameter, view in zip(self.own, self._views(self.value), strict=True):
+            parameter.data = view
+
+    def dissolve(self) -> list[list[Tensor]]:
+        """Give the networks memory of their own again; the moments of each."""
+        for parameter, view in zip(self.own, self._views(self.value), strict=True):
+            parameter.data = view.clone()
+        moments = [[view.clone() for view in self._views(m)] for m in self.moments]
+        return [list(of_one) for of_one in zip(*moments, strict=True)] or [[] for _ in self.own]
+
+
+class Block:
+    """Parameters that lie in one piece, so that an update is one call: a large one, or all others.
+
+    Attributes
+    ----------
+    value : tensor of shape (n_rows, ...)
+        Of a large parameter its rows, of others all their numbers as rows.
+    owner : int64 tensor of shape (n_rows,)
+    is_weight : tensor of shape (n_rows,) or None
+        1 for what is penalised, 0 for biases; None where all is.
+    """
+
+    def __init__(self, parameters: list[Parameters], n_moments: int) -> None:
+        self.parameters = parameters
+        for p in parameters:
+            if not p.moments:
+                p.moments = [torch.zeros_like(p.value) for _ in range(n_moments)]
+        self.is_weight: Tensor | None = None
+        if len(parameters) == 1:
+            self.value, self.moments = parameters[0].value, parameters[0].moments
+            self.owner = parameters[0].owner
+            if not parameters[0].is_weight:
+                self.is_weight = torch.zeros_like(self.owner, dtype=self.value.dtype)
+            return
+        sizes = [p.value.numel() for p in parameters]
+        self.value = self.joined([p.value for p in parameters])
+        self.moments = [self.joined([p.moments[i] for p in parameters]) for i in range(n_moments)]
+        self.owner = torch.cat(
+            [
+                p.owner.repeat_interleave(size // len(p.owner))
+                for p, size in zip(parameters, sizes, strict=True)
+            ]
+        )
+        self.is_weight = torch.cat(
+            [
+                self.value.new_full((size,), p.is_weight)
+                for p, size in zip(parameters, sizes, strict=True)
+            ]
+        )
+        for i, p in enumerate(parameters):
+            shape = p.value.shape
+            p.value = self.value.split(sizes)[i].view(shape)
+            p.moments = [m.split(sizes)[i].view(shape) for m in self.moments]
+
+    def joined(self, values: list[Tensor]) -> Tensor:
+        if len(values) == 1:
+            return values[0]
+        return torch.cat([value.flatten() for value in values])
+
+    def spread(self, vector: Tensor | float) -> Tensor | float:
+        """Values of the networks as values of the rows, to multiply `value` with."""
+        if isinstance(vector, float):
+            return vector
+        return self._upright(vector.index_select(0, self.owner))
+
+    def spread_to_weights(self, vector: Tensor | float) -> Tensor | float:
+        """The same, and 0 for biases."""
+        factor = self.spread(vector)
+        return factor if self.is_weight is None else self._upright(self.is_weight) * factor
+
+    def _upright(self, rows: Tensor) -> Tensor:
+        return rows.view(-1, *[1] * (self.value.ndim - 1))
+
+
+class Optimizer:
+    """torch.optim's updates with the hyperparameters of each network."""
+
+    def __init__(
+        self,
+        recipes: list[Recipe],
+        rates: list[LearningRates],
+        data_weights: list[float],
+        parameters: list[Parameters],
+    ) -> None:
+        self.recipes, self.rates, self.data_weights = recipes, rates, data_weights
+        first = self.recipes[0]
+        self.solver, self.nesterov = first.solver, first.nesterovs_momentum
+        self.clips_norm = first.clip_grad_norm is not None
+        self.clips_value = first.clip_grad_value is not None
+        # as in a lone fit: clipping comes between the penalty and the decay, and AdamW's decay is
+        # no part of the gradient
+        self.adds_penalty = self.solver == "adamw" or self.clips_norm or self.clips_value
+        self.n_steps = rates[0].step
+        n_moments = 2
+        if self.solver == "sgd":
+            n_moments = 1 if any(recipe.momentum for recipe in self.recipes) else 0
+        is_large = [p.value.numel() >= _SMALL for p in parameters]
+        small = [i for i, large in enumerate(is_large) if not large]
+        self.places = [[i] for i, large in enumerate(is_large) if large]
+        self.places += [small] if small else []
+        self.blocks = [Block([parameters[i] for i in of], n_moments) for of in self.places]
+        # of each network's weights or, in the first layer, each unit's
+        self.weights = [(p.value.flatten(1), p.owner) for p in parameters if p.is_weight]
+        self.like = parameters[0].value
+        names = ("momentum", "beta_1", "beta_2", "epsilon")
+        self.constants = {name: self._spread(self._of_recipes(name)) for name in names}
+        self.decays = self._spread_to_weights(self._of_recipes("weight_decay"))
+        if self.clips_norm:
+            self.norm_limit = torch.as_tensor(self._of_recipes("clip_grad_norm")).to(self.like)
+        if self.clips_value:
+            self.value_limit = self._spread(self._of_recipes("clip_grad_value"))
+
+    def _of_recipes(self, name: str) -> Tensor | float:
+        return self._vector([float(getattr(recipe, name)) for recipe in self.recipes])
+
+    def _vector(self, values: list[float]) -> Tensor | float:
+        """A value for each network, or the one that they share."""
+        if len(set(values)) == 1:
+            return values[0]
+        return torch.tensor(values, dtype=torch.float64).to(self.like)
+
+    def _spread(self, vector: Tensor | float) -> list[Tensor | float]:
+        return [block.spread(vector) for block in self.blocks]
+
+    def _spread_to_weights(self, vector: Tensor | float) -> list[Tensor | float]:
+        return [block.spread_to_weights(vector) for block in self.blocks]
+
+    # -- what an epoch's steps share -----------------------------------------------------------
+
+    def begin_epoch(self, sums: Tensor) -> None:
+        """Get ready for batches whose weights add up to `sums`, (n_batches, n_models or 1)."""
+        n_batches = len(sums)
+        rates = [own.next_rates(n_batches) for own in self.rates]
+        self.sums = sums
+        alphas = torch.tensor([r.alpha for r in self.recipes], dtype=torch.float64)
+        over_data = torch.tensor([r.alpha_over_data for r in self.recipes])
+        data = torch.tensor(self.data_weights, dtype=torch.float64)
+        strengths = alphas / torch.where(over_data, data, self.sums)  # (n_batches, n_models)
+        decays = torch.tensor([r.weight_decay for r in self.recipes], dtype=torch.float64)
+        self.coupled = strengths + (0.0 if self.solver == "adamw" else decays)
+        self.penalises = bool(self.coupled.any())
+        self.norms = [self.like.new_zeros(n_batches, len(owner)) for _, owner in self.weights]
+        rate_table = torch.tensor(rates, dtype=torch.float64).T
+        self.rate_table = _Table(rate_table, self._spread, self._vector)
+        penalties = strengths if self.adds_penalty else self.coupled
+        self.penalties = _Table(penalties, self._spread_to_weights, self._vector)
+
+    def mean_penalties(self) -> Tensor:
+        """What the penalty adds to each network's mean loss of the epoch, (n_models,)."""
+        per_model = torch.zeros(self.coupled.shape, dtype=torch.float64, device=self.like.device)
+        for norms, (_, owner) in zip(self.norms, self.weights, strict=True):
+            per_model.index_add_(1, owner, norms.double().square_())
+        shares = self.sums / self.sums.sum(0)
+        return (self.coupled / 2 * per_model.cpu() * shares).sum(0)
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def step(self, k: int, gradients: list[Tensor]) -> None:
+        """Update all networks with the gradients of their parameters."""
+        self.n_steps += 1
+        joined = [
+            block.joined([gradients[i] for i in places])
+            for block, places in zip(self.blocks, self.places, strict=True)
+        ]
+        if self.penalises:
+            for norms, (weights, _) in zip(self.norms, self.weights, strict=True):
+                torch.linalg.vector_norm(weights, dim=1, out=norms[k])
+            self._add_weights(joined, self.penalties[k])
+        if self.clips_value:
+            for gradient, limit in zip(joined, self.value_limit, strict=True):
+                gradient.clamp_(-limit, limit)  # type: ignore[arg-type]
+        if self.clips_norm:
+            self._clip_norms(joined)
+        if self.adds_penalty and self.solver != "adamw":
+            self._add_weights(joined, self.decays)
+        update = self._sgd if self.solver == "sgd" else self._adam
+        for i, (rate, gradient) in enumerate(zip(self.rate_table[k], joined, strict=True)):
+            update(i, self.blocks[i], gradient, rate)
+
+    def _add_weights(self, gradients: list[Tensor], factors: list[Tensor | float]) -> None:
+        for block, gradient, factor in zip(self.blocks, gradients, factors, strict=True):
+            _add_scaled(gradient, block.value, factor)
+
+    def _clip_norms(self, gradients: list[Tensor]) -> None:
+        squares = self.like.new_zeros(len(self.recipes))
+        for block, gradient in zip(self.blocks, gradients, strict=True):
+            of_rows = gradient.square().reshape(block.owner.shape[0], -1).sum(1)
+            squares.index_add_(0, block.owner, of_rows)
+        factors = (self.norm_limit / (squares.sqrt() + 1e-6)).clamp_(max=1.0)
+        for block, gradient in zip(self.blocks, gradients, strict=True):
+            gradient.mul_(block.spread(factors))
+
+    def _sgd(self, i: int, block: Block, gradient: Tensor, rate: Tensor | float) -> None:
+        if block.moments:
+            momentum = self.constants["momentum"][i]
+            buffer = block.moments[0]
+            if isinstance(momentum, float):
+                torch.add(gradient, buffer, alpha=momentum, out=buffer)
+            else:
+                buffer.mul_(momentum).add_(gradient)
+            if self.nesterov:
+                _add_scaled(gradient, buffer, momentum)
+            else:
+                gradient = buffer
+        _subtract_scaled(block.value, gradient, rate)
+
+    def _adam(self, i: int, block: Block, gradient: Tensor, rate: Tensor | float) -> None:
+        beta_1, beta_2, epsilon = (
+            self.constants[name][i] for name in ("beta_1", "beta_2", "epsilon")
+        )
+        if self.solver == "adamw":
+            block.value.mul_(1 - rate * self.decays[i])
+        mean, square = block.moments
+        mean.lerp_(gradient, 1 - beta_1)
+        square.mul_(beta_2).add_(gradient.square_().mul_(1 - beta_2))
+        root = (square / (1 - beta_2**self.n_steps)).sqrt_().add_(epsilon)
+        rate = rate / (1 - beta_1**self.n_steps)
+        _subtract_scaled(block.value, root.reciprocal_().mul_(mean), rate)
+
+
+class _Table:
+    """Factors of the networks in each step, (n_batches, n_models), as the blocks want them."""
+
+    def __init__(
+        self,
+        values: Tensor,
+        spread: Callable[[Tensor | float], list[Tensor | float]],
+        vector: Callable[[list[float]], Tensor | float],
+    ) -> None:
+        rows = [tuple(row) for row in values.tolist()]
+        few = len(set(rows)) <= 2  # batches of two sizes
+        self.rows, self.spread, self.vector = rows, spread, vector
+        self.known = {row: self._made(row) for row in set(rows)} if few else {}
+
+    def _made(self, row: tuple[float, ...]) -> list[Tensor | float]:
+        return self.spread(self.vector(list(row)))
+
+    def __getitem__(self, step: int) -> list[Tensor | float]:
+        row = self.rows[step]
+        return self.known[row] if self.known else self._made(row)
+
+
+def _add_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
+    if isinstance(factor, Tensor):
+        target.addcmul_(source, factor)
+    elif factor:
+        target.add_(source, alpha=factor)
+
+
+def _subtract_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
+    if isinstance(factor, Tensor):
+        target.addcmul_(source, factor, value=-1)
+    elif factor:
+        target.sub_(source, alpha=factor)

@@ -1,0 +1,147 @@
+"""The comparison, as a user meets it: table, files and picture."""
+
+import builtins
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.tree import DecisionTreeClassifier
+
+from skcifar import _compare_command
+from skcifar.__main__ import main
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test__table__has_aligned_columns_best_first_within_110(models, capsys):
+    models["a-name-of-16-char"] = lambda device: DecisionTreeClassifier(max_depth=3)
+    names = "dummy,recorded,a-name-of-16-char,sklearn-logistic"
+    assert main(["compare", "--models", names, "--cv", "3", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    title, blank, header, *rows = out.splitlines()
+    assert title == "digits: 1,797 images of 10 classes, 3 folds, seed 0" and blank == ""
+    assert [row.split()[0] for row in rows] == [
+        "sklearn-logistic",
+        "a-name-of-16-char",
+        "dummy",
+        "recorded",
+    ]
+    assert max(map(len, out.splitlines())) <= 110
+    assert {len(line) for line in [header, *rows]} == {len(header)}
+    starts = header.index("cv accuracy"), header.index("difference")
+    assert all(row[start - 1] == " " != row[start] for row in rows for start in starts)
+    assert rows[0][starts[1] :].startswith("best ")
+    assert rows[1][starts[1] :].startswith("-0.")
+    assert rows[2].split()[-1] == "-" and rows[3].split()[-1] == "2"
+
+
+def test__failing_model__has_its_error_below_its_row_and_status_0(models, capsys):
+    assert main(["compare", "--models", "bad,dummy", "--quiet"]) == 0
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert [row.split()[0] for row in rows] == ["dummy", "bad", "failed:"]
+    assert rows[1].split()[1:] == ["-"] * 7
+    assert rows[2].startswith("  failed: ValueError: no luck no luck") and len(rows[2]) <= 110
+
+
+def test__all_models_failing__is_status_1(models, capsys):
+    assert main(["compare", "--models", "bad", "--quiet"]) == 1
+    assert "failed: ValueError" in capsys.readouterr().out
+
+
+def test__official_test_split__is_scored(small_mnist, capsys):
+    arguments = ["--data", "mnist", "--models", "dummy", "--data-home", "somewhere"]
+    assert main(["compare", *arguments, "--quiet"]) == 0
+    assert small_mnist == [("somewhere", "train"), ("somewhere", "test")]
+    assert not Path("somewhere").exists()  # there was nothing to keep
+    title, _, header, row = capsys.readouterr().out.splitlines()
+    assert title.startswith("mnist: 100 images of 3 classes")
+    # Two columns beside each other, ranged right: always class 2, of 50 in 100 and of 10 in 30.
+    assert row[: header.index("test") + 4].split()[-2:] == ["0.5000", "0.3333"]
+
+
+def test__real_cifar10__is_compared(cifar10, capsys):
+    arguments = ["--data", "cifar10", "--n-train", "200", "--cv", "2", "--models", "dummy"]
+    assert main(["compare", *arguments, "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("cifar10: 200 images of 10 classes, 2 folds, seed 0\n")
+    assert " 0.1000 " in out.splitlines()[-1]  # ten classes of equal size
+
+
+def test__unwritable_output__is_noticed_before_any_work(tmp_path, monkeypatch, error_line):
+    monkeypatch.setattr(_compare_command, "compare", None)  # to call it would be a TypeError
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "results"
+    assert f"cannot write to {folder}" in error_line("compare", "--output", str(folder))
+
+
+def test__output__holds_table_histories_and_picture(models, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "new" / "results"
+    arguments = ["--models", "bad,recorded,dummy", "--cv", "2", "--output", str(folder)]
+    assert main(["compare", *arguments]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "histories.csv",
+        "learning_curves.png",
+        "table.csv",
+    ]
+    table = pd.read_csv(folder / "table.csv")
+    assert sorted(table["model"]) == ["bad", "dummy", "recorded"]
+    assert {"parameters", "split0_score", "split1_score", "difference_low"} <= set(table.columns)
+    assert table["traceback"].str.contains("raise self.error").sum() == 1
+    histories = pd.read_csv(folder / "histories.csv")
+    assert histories.columns[:4].tolist() == ["model", "fold", "epoch", "train_loss"]
+    assert histories[["fold", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
+    assert (folder / "learning_curves.png").read_bytes().startswith(PNG)
+    assert f"skcifar: wrote learning_curves.png to {folder}" in capsys.readouterr().err
+
+
+def test__output_without_matplotlib__says_how_to_get_the_picture(
+    models, tmp_path, capsys, monkeypatch
+):
+    real_import = builtins.__import__
+
+    def without_matplotlib(name, *arguments):
+        if name.startswith("matplotlib"):
+            raise RuntimeError("a broken installation")
+        return real_import(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    assert main(["compare", "--models", "recorded", "--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["histories.csv", "table.csv"]
+    assert "pip install 'skcifar[plot]'" in capsys.readouterr().err
+
+
+def test__output_without_epochs__has_no_picture_and_an_empty_history(tmp_path, capsys):
+    assert main(["compare", "--models", "dummy", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "histories.csv").read_text().split() == ["model,fold,epoch"]
+    assert not (tmp_path / "learning_curves.png").exists()
+    assert "no model recorded its epochs" in capsys.readouterr().err
+
+
+def test__learning_curves__draw_what_was_recorded():
+    pytest.importorskip("matplotlib")
+    histories = pd.DataFrame(
+        {
+            "model": ["a", "a", "a", "b"],
+            "fold": [0, 1, 0, 0],
+            "epoch": [1, 1, 2, 1],
+            "train_loss": [4.0, 2.0, 1.0, 3.0],
+            "train_accuracy": [0.1, 0.3, 0.5, np.nan],
+            "valid_loss": [np.nan, np.nan, np.nan, 5.0],
+        }
+    )
+    table = pd.DataFrame({"model": ["b", "dummy", "a"], "cv_mean": [0.7, 0.1, 0.6]})
+    figure = _compare_command._draw_learning_curves(histories, table, "title")
+    drawn = [[(line.get_label(), line.get_ydata()) for line in axis.lines] for axis in figure.axes]
+    (b_loss, a_loss), (b_accuracy, a_accuracy) = drawn[:2], drawn[2:]
+    assert [axis.get_title() for axis in figure.axes] == ["b", "a", "", ""]
+    assert [(label, list(y)) for label, y in a_loss] == [("training rows", [3.0, 1.0])]
+    assert [(label, list(y)) for label, y in b_loss] == [
+        ("training rows", [3.0]),
+        ("validation rows", [5.0]),
+    ]
+    assert [list(y) for _, y in a_accuracy] == [[0.2, 0.5], [0.6, 0.6]]
+    assert [list(y) for _, y in b_accuracy] == [[0.7, 0.7]]
+    assert len(figure.legends[0].get_texts()) == 3
