@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from sklearn import config_context, get_config
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import (
@@ -29,7 +30,7 @@ from skcifar._device import (
     seeded_construction,
     skeleton_construction,
 )
-from skcifar._training import MEETING
+from skcifar._training import MEETING, compute
 
 # Rows of one forward pass in prediction; a batch smaller than the least is filled up to it, so
 # that a row's figures do not depend on how few rows came with it (kernels differ below it).
@@ -72,12 +73,13 @@ class TorchEstimator(BaseEstimator):
             y = y.detach().cpu().numpy()
         if on_device:
             return self._validate_tensor(X, y, reset=reset), y, shape
-        if y is not None:
-            X, y = validate_data(self, X, y, reset=reset)
-        elif reset:  # an error where labels are needed
-            X = validate_data(self, X, y, reset=True)
-        else:
-            X = validate_data(self, X, reset=False)
+        with config_context(assume_finite=get_config()["assume_finite"] or _is_known_finite(X)):
+            if y is not None:
+                X, y = validate_data(self, X, y, reset=reset)
+            elif reset:  # an error where labels are needed
+                X = validate_data(self, X, y, reset=True)
+            else:
+                X = validate_data(self, X, reset=False)
         return as_tensor(X), y, shape
 
     @contextmanager
@@ -238,7 +240,7 @@ class TorchEstimator(BaseEstimator):
         """Outputs of the network, (n_samples, n_outputs)."""
         check_is_fitted(self)
         rows, _, _ = self._validate_rows(X, reset=False)
-        return self._outputs_of(rows, dtype)
+        return compute(lambda: self._outputs_of(rows, dtype))
 
     def _outputs_of(
         self, rows: Tensor, dtype: torch.dtype, report: Callable[[int], None] | None = None
@@ -319,6 +321,16 @@ class TorchEstimator(BaseEstimator):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "module_")
+
+
+def _is_known_finite(X: Any) -> bool:
+    """Whether X are rows that fits share, found finite once for all; others are not looked at."""
+    if MEETING.get() is None or not isinstance(X, np.ndarray) or X.dtype.kind != "f":
+        return False
+    if X.flags.writeable:  # rows that are shared are not
+        return False
+    what = (X.__array_interface__["data"][0], "is finite")
+    return compute(lambda: bool(torch.isfinite(as_tensor(X).sum())), what)
 
 
 def hidden_widths(hidden_layer_sizes: Any) -> list[int]:

@@ -84,7 +84,7 @@ class Coordinator:
         self.row_bytes: dict[int, int] = {}  # of theirs, by address
         self.groups: deque[list[Work]] = deque()  # of parked ones, next to be trained
         self.rows = SharedRows()
-        self.steps = Steps()
+        self.steps = Steps(self.rows.facts)
         self._seed: int | None = None
         self._budget = (
             MEMORY_BUDGET if MEMORY_BUDGET is not None else free_memory(torch.device("cpu")) // 4
@@ -128,6 +128,10 @@ class Coordinator:
     def release(self, work: Work, value: Any) -> None:
         """Have what is in the task's value be its own, before it is handed out."""
         self.steps.release(work, value)
+
+    def known(self, what: tuple) -> dict[tuple, Any] | None:
+        """What is known of the rows that `what` is of; None for rows that are not shared."""
+        return self.rows.facts.of(what[0])
 
     # -- turns
 
@@ -184,6 +188,9 @@ class Coordinator:
             assert work.thread is not None
             work.thread.join()
             self._finished(work)
+        elif work.errand is not None:
+            self._as(work, work.errand.run)
+            self.ready.appendleft(work)
         elif work.job is None:  # it waits for other tasks
             pass
         elif self.plan is not None:

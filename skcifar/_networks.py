@@ -89,7 +89,7 @@ def matrix_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _onednn_takes(x: Tensor) -> bool:
-    return (
+    return bool(
         _onednn_linear is not None
         and x.dtype == torch.float32
         and x.ndim == 2

@@ -68,6 +68,23 @@ def _holds_ours(estimator: Any) -> bool:
 # -- rows ------------------------------------------------------------------------------------------
 
 
+class Facts:
+    """What has been computed of arrays that tasks share, for as long as these exist."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[weakref.ref, dict[tuple, Any]]] = {}
+
+    def remember(self, array: np.ndarray) -> None:
+        """Begin to, of an array that nobody may write to any more."""
+        array.flags.writeable = False
+        address = array.__array_interface__["data"][0]
+        self._of[address] = weakref.ref(array, lambda _: self._of.pop(address, None)), {}
+
+    def of(self, address: int) -> dict[tuple, Any] | None:
+        known = self._of.get(address)
+        return None if known is None or known[0]() is None else known[1]
+
+
 class SharedRows:
     """Rows that several tasks pick from one array, where they pick the same, as one array.
 
@@ -76,6 +93,7 @@ class SharedRows:
 
     def __init__(self) -> None:
         self._arrays: dict[int, tuple[np.ndarray, weakref.WeakValueDictionary]] = {}
+        self.facts = Facts()
 
     def share(self, item: tuple, arguments: Mapping[str, Any]) -> tuple:
         """The task with an X that shares its rows."""
@@ -85,7 +103,7 @@ class SharedRows:
             return item
         _, picked = self._arrays.setdefault(id(X), (X, weakref.WeakValueDictionary()))
         rows = X.view(_Rows)
-        rows.picked = picked
+        rows.picked, rows.facts = picked, self.facts
         args = tuple(rows if value is X else value for value in args)
         return func, args, {k: rows if value is X else value for k, value in kwargs.items()}
 
@@ -94,6 +112,7 @@ class _Rows(np.ndarray):
     """A view of an array for code that does nothing but pick rows of it, which are plain arrays."""
 
     picked: weakref.WeakValueDictionary
+    facts: Facts
 
     def __getitem__(self, key: Any) -> Any:
         array = np.asarray(self)
@@ -104,7 +123,7 @@ class _Rows(np.ndarray):
             return array[key]
         if (shared := self.picked.get(content)) is None:
             shared = array[rows]  # as scikit-learn picks them, to train on and to score
-            shared.flags.writeable = False
+            self.facts.remember(shared)
             self.picked[content] = shared
         return shared
 
@@ -151,7 +170,8 @@ class Steps:
     `memory` is what scikit-learn has its steps fitted by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
         self._steps: OrderedDict[tuple, _Step] = OrderedDict()
         self._outputs: dict[int, _Step] = {}
         self._budget = free_memory(torch.device("cpu")) // 4
@@ -227,7 +247,7 @@ class Steps:
             if isinstance(output, np.ndarray):
                 if isinstance(own, np.ndarray) and np.may_share_memory(output, own):
                     output = output.copy()
-                output.flags.writeable = False
+                self._facts.remember(output)
             step.output, step.transformer = output, fitted
             step.n_bytes = _size(output) + (_size(X) if isinstance(source, _Source) else 0)
             self._outputs[id(output)] = step

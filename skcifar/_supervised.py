@@ -28,7 +28,7 @@ from skcifar._device import (
 from skcifar._networks import has_batch_norm
 from skcifar._optimization import Recipe
 from skcifar._parameters import CONSTRAINTS
-from skcifar._training import Samples, TrainingJob, TrainingResult, train
+from skcifar._training import Samples, TrainingJob, TrainingResult, compute, train
 
 
 class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
@@ -280,8 +280,11 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             )
         mean = scale = None
         if normalize:
-            mean, scale = pixel_statistics(
-                samples.rows, image_shape, self.layout, samples.index, samples.weight
+            rows, index, weight = samples.rows, samples.index, samples.weight
+            what = (rows.data_ptr(), "statistics", image_shape, self.layout)
+            mean, scale = compute(
+                lambda: pixel_statistics(rows, image_shape, self.layout, index, weight),
+                what if index is None and weight is None else None,
             )
         return {"image_shape_": image_shape, "mean_": mean, "scale_": scale}
 

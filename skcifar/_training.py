@@ -181,9 +181,21 @@ class Meeting(Protocol):
     def seed(self, seed: int | None) -> int | None:
         """The seed of a fit whose own is `seed`; None, for both, is one drawn at random."""
 
+    def compute(self, function: Callable[[], Any], what: tuple | None = None) -> Any:
+        """What `function` gives. `what` names it: the address of rows, and what it is of them.
+
+        For rows that fits share it is computed once.
+        """
+
 
 # The meeting that the fits of this thread take part in, if any.
 MEETING: ContextVar[Meeting | None] = ContextVar("MEETING", default=None)
+
+
+def compute(function: Callable[[], Any], what: tuple | None = None) -> Any:
+    """What `function` gives, by way of the meeting if there is one: see `Meeting.compute`."""
+    meeting = MEETING.get()
+    return function() if meeting is None else meeting.compute(function, what)
 
 
 def train(job: TrainingJob) -> TrainingResult:
