@@ -150,12 +150,14 @@ class Loss:
         """
         if self.n_outputs == 1:
             return (outputs[:, 0] > 0).long() == codes
-        codes = codes[:, None]
-        is_highest = outputs == outputs.amax(1, keepdim=True)
-        classes = torch.arange(self.n_outputs, device=codes.device)[:, None]
-        # of equal outputs the first counts
-        preceded = (is_highest & (classes < codes)).any(1)
-        return is_highest.gather(1, codes.expand(len(outputs), -1, -1))[:, 0] & ~preceded
+        highest = outputs.amax(1, keepdim=True)
+        codes = codes[:, None].expand(highest.shape)
+        right = outputs.gather(1, codes) == highest
+        is_highest = outputs == highest
+        if is_highest.sum() > highest.numel():  # of equal outputs the first counts
+            classes = torch.arange(self.n_outputs, device=codes.device)[:, None]
+            right &= ~(is_highest & (classes < codes)).any(1, keepdim=True)
+        return right[:, 0]
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:

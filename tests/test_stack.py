@@ -10,7 +10,14 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import ParameterGrid
 
-from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression, _stack, _stacked_networks
+from skcifar import (
+    CNNClassifier,
+    MLPClassifier,
+    SoftmaxRegression,
+    _stack,
+    _stacked_loss,
+    _stacked_networks,
+)
 from skcifar._stack import groups_of, train_group, why_alone
 from skcifar._training import MEETING, train_alone
 
@@ -190,6 +197,15 @@ def test__one_setting_off__difference_is_seen(digits):
 def test__large_batches__are_read_in_pieces_with_equal_result(digits, monkeypatch):
     monkeypatch.setattr(_stacked_networks, "PIECE_ROWS", 64)
     assert difference(MLP, RATES | {"batch_size": ["full", 200]}, *digits) < 1e-9
+
+
+def test__equal_outputs__first_class_is_predicted():
+    loss = _stacked_loss.Loss.__new__(_stacked_loss.Loss)
+    loss.n_outputs = 3
+    outputs = torch.randint(0, 2, (4, 3, 50), generator=torch.Generator().manual_seed(0)).double()
+    codes = torch.arange(50)[None] % 3
+    expected = outputs.argmax(1) == codes  # documented to be the first
+    assert torch.equal(loss._right(outputs, codes), expected)
 
 
 # -- groups ----------------------------------------------------------------------------------------
