@@ -30,6 +30,10 @@ scaling
     units, batches of 200), written to sweep_scaling.csv. The figure is the ratio of one candidate
     to the best.
 
+gpu_27, gpu_135, gpu_cnn_27
+    With a GPU only: 27 and 135 fits of the first study (9 and 45 candidates) and 27 of a small CNN
+    (32 and 64 channels, 3 epochs), against skorch's one by one on the same GPU.
+
     python benchmarks/bench_sweep.py [--only ROW,...] [--check] [--data-home DIR] [--repeats N]
         [--output DIR]
 
@@ -73,7 +77,7 @@ from sklearn.neural_network import MLPClassifier as ScikitLearnMLPClassifier
 from skorch import NeuralNetClassifier
 from torch import nn
 
-from skcifar import MLPClassifier, SoftmaxRegression
+from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression
 
 N_IMAGES = 10_000
 EPOCHS = 10
@@ -93,13 +97,15 @@ EQUALITIES: dict[str, tuple[type, list[float], float | None]] = {
     "equality_float32": (np.float32, RATES, None),
     "equality_unstable": (np.float64, [0.5], None),
 }
+# penalties of the grid, bound against skorch
+ON_GPU = {"gpu_27": (3, 30.0), "gpu_135": (15, 30.0), "gpu_cnn_27": (3, 3.0)}
 SCALES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 def main() -> int:
     rows = [row for name in STUDIES for row in (name, f"{name}_own", f"{name}_skorch")]
     rows += [row for name in BFLOAT16 for row in (name, f"{name}_score")]
-    rows += ["softmax_own", "softmax_sgdclassifier", *EQUALITIES, "scaling"]
+    rows += ["softmax_own", "softmax_sgdclassifier", *EQUALITIES, "scaling", *ON_GPU]
     options = parse_options(__doc__, rows, repeats=3)
     header = machine()
     warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs are what is asked for
@@ -124,6 +130,9 @@ def main() -> int:
             keep([equality(name, digits)])
     if "scaling" in options.only:
         keep(scaling(digits, options, header))
+    for name in ON_GPU:
+        if name in options.only:
+            keep([on_gpu(name, digits)])
     return exit_status(results, options.check)
 
 
@@ -286,6 +295,40 @@ def softmax(options: argparse.Namespace) -> list[Result]:
         note=_scores(runs, "together", "SGDClassifier"), **about,
     )  # fmt: skip
     return [own, sgd]
+
+
+# -- on a GPU ------------------------------------------------------------------------------------
+
+
+def on_gpu(name: str, images: Images) -> Result:
+    n_penalties, bound = ON_GPU[name]
+    about: dict[str, Any] = {"n": len(images.X), "data": images.name}
+    if not torch.cuda.is_available():
+        quantity, note = "times faster", "not measured on a GPU"
+        return Result(name, quantity, None, repeats=0, at_least=bound, note=note, **about)
+    penalties = np.geomspace(1e-5, 1e-1, n_penalties)
+    grid = {"learning_rate_init": RATES, "alpha": penalties}
+    peer_grid = {"lr": RATES, "optimizer__weight_decay": penalties / 200}
+    model: BaseEstimator = ours(32, 200)
+    peer = skorch(32, 200)
+    if name == "gpu_cnn_27":
+        model = CNNClassifier(
+            (32, 64), batch_norm=False, learning_rate="constant", **_common(200, 3)
+        )
+        peer.set_params(module=small_cnn, max_epochs=3)
+    runs = interleave({"together": partial(together, model, grid, images)}, 3)
+    runs |= interleave({"skorch": partial(study, peer, peer_grid, images)}, 1, warm_up=False)
+    note = _scores(runs, "together", "skorch")
+    return times_faster(name, runs["together"], runs["skorch"], at_least=bound, note=note, **about)
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 28, 28)),
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
 
 
 # -- equality ------------------------------------------------------------------------------------

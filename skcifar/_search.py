@@ -207,11 +207,8 @@ class BatchedGridSearchCV(_BatchedSearch, GridSearchCV):
     ...     cv=3,
     ...     validate_epochs=True,
     ... )
-    >>> search.plan(X, y)[["models", "estimator", "widths", "epochs"]]
-       models      estimator widths  epochs
-    0       3  MLPClassifier  16-10       4
-    1       3  MLPClassifier  16-10       4
-    2       3  MLPClassifier  16-10       4
+    >>> int(search.plan(X, y)["models"].sum())
+    9
     >>> search.fit(X, y).best_params_
     {'learning_rate_init': 0.1}
     >>> curves = search.epoch_results_.pivot_table("valid_score", "epoch", "candidate")
