@@ -140,7 +140,7 @@ def test__full_batch__is_read_in_pieces_with_the_same_gradient(digits, monkeypat
     X, y = digits
     model = tiny(batch_size="full", batch_norm=False, precision="float64", solver="sgd")
     whole = model.fit(X, y).decision_function(X)
-    monkeypatch.setattr(_training, "_PIECE_ROWS", 70)
+    monkeypatch.setattr(_training, "PIECE_ROWS", 70)
     np.testing.assert_allclose(model.fit(X, y).decision_function(X), whole, atol=1e-10)
 
 
