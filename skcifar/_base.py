@@ -329,7 +329,7 @@ def _is_known_finite(X: Any) -> bool:
         return False
     if X.flags.writeable:  # rows that are shared are not
         return False
-    what = (X.__array_interface__["data"][0], "is finite")
+    what = (X.__array_interface__["data"][0], "is finite", X.shape, X.strides, X.dtype.str)
     return compute(lambda: bool(torch.isfinite(as_tensor(X).sum())), what)
 
 

@@ -23,12 +23,16 @@ def comparison(
         scores = np.stack(
             [results[f"split{i}_test_{metric}"] for i in range(len(splits) * n_repeats)], axis=1
         )  # (n_candidates, n_splits)
-        means = scores.reshape(n_candidates, n_repeats, len(splits)).mean(axis=2)
+        by_repeat = scores.reshape(n_candidates, n_repeats, len(splits))
+        means = by_repeat.mean(axis=2)
+        # repeats are of the same splits: they say nothing more of other data
+        by_fold = by_repeat.mean(axis=1)
         undefined = np.full(n_candidates, np.nan)
         added[f"seed_std_test_{metric}"] = means.std(axis=1, ddof=1) if n_repeats > 1 else undefined
         alike = np.zeros(n_candidates, dtype=bool)
         for number in np.unique(rounds):
-            alike[rounds == number] = _like_the_best(scores[rounds == number], test_to_train)
+            of_folds = by_fold[rounds == number]
+            alike[rounds == number] = _like_the_best(of_folds, test_to_train)
         suffix = "" if metric == "score" else f"_{metric}"
         added[f"indistinguishable_from_best{suffix}"] = alike
     return added

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, BinaryIO
@@ -105,9 +106,8 @@ class Journal:
         whole = content[: content.rfind(b"\n") + 1]
         if not whole and not _may_begin_a_line(content):
             raise ValueError(f"{self.path} is not the journal of a search. Give another path.")
-        # A process killed while it wrote leaves the beginning of a line.
-        self._file.truncate(len(whole))
         if not whole:
+            self._file.truncate(0)
             self.append({"format": _FORMAT, "identity": identity, "notes": self.notes})
             return
         header, *self.records = self._parsed(whole)
@@ -123,6 +123,9 @@ class Journal:
                 f"{'; '.join(differing[:5])}{more}. {_REMEDY}"
             )
         self.notes = header["notes"]
+        # A process killed while it wrote leaves the beginning of a line. Only now: what is not
+        # this search's journal is left as it is.
+        self._file.truncate(len(whole))
 
     def _parsed(self, content: bytes) -> Iterator[dict[str, Any]]:
         for number, text in enumerate(content.split(b"\n")[:-1], start=1):
@@ -230,14 +233,20 @@ def describe(value: Any, name: str) -> Any:
         return [describe(item, f"{name}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, dict):
         items = [[describe(k, name), describe(v, f"{name}[{k!r}]")] for k, v in value.items()]
-        return {str(key): item for key, item in items}
+        if all(isinstance(key, str) for key, _ in items):
+            return dict(items)
+        return {"items": sorted(items, key=json.dumps)}
     if isinstance(value, set | frozenset):
         return sorted((describe(item, name) for item in value), key=json.dumps)
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, FunctionType):
         return _describe_function(value, name)
+    if isinstance(value, partial):
+        return {"partial": describe([value.func, value.args, value.keywords], name)}
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if callable(value) and kind.startswith("sklearn.metrics."):  # what make_scorer gives
+        return {"class": kind, "scorer": describe(vars(value), name)}
     if hasattr(value, "get_params"):
         parameters = value.get_params(deep=False)
         return {"class": kind} | {k: describe(v, f"{name}.{k}") for k, v in parameters.items()}
@@ -262,8 +271,14 @@ def _describe_function(function: FunctionType, name: str) -> dict[str, Any]:
 
 
 def _code(code: CodeType) -> list[Any]:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code, code.co_names, constants]
+    return [code.co_code, code.co_names, [_constant(value) for value in code.co_consts]]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _code(value)
+    # the order within a set is another in every process
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
 
 
 def digest(data: Any) -> str:

@@ -227,6 +227,7 @@ class Coordinator:
         work.is_ended = True
         assert work.thread is not None and work.thread.ident is not None
         thread = ctypes.c_ulong(work.thread.ident)
+        self.back.acquire(blocking=False)  # if it has handed on in the meantime
         while work.thread.is_alive():
             if not work.is_done:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Ended))
@@ -278,6 +279,9 @@ class Coordinator:
         if work.thread.is_alive():
             self._switch_to(work)
             work.thread.join()
+        else:  # interrupted while it was started: it may come to life yet, and ends at once
+            with contextlib.suppress(RuntimeError):
+                work.turn.release()
         work.finish()
 
     # -- training

@@ -145,7 +145,7 @@ def _step_seconds(group: list[TrainingJob], budget: float) -> float:
     try:
         _timed(group, 1)  # the first in a process may take a second
         first = _timed(group, 1)
-        n_steps = min(int(budget / max(first, 1e-6)), 32)
+        n_steps = min(int(budget / max(first, 1e-6)), 128)
         if n_steps <= 1:
             return first
         all_of_them = _timed(group, n_steps)

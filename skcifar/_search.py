@@ -109,6 +109,11 @@ class _BatchedSearch(BaseEstimator):
             largest group. Of an estimator that trains several networks one after the other the
             first is seen; later rounds of a halving search are estimated from the first.
         """
+        if Backend().effective_n_jobs(1) == 1:
+            raise RuntimeError(
+                "A plan needs the joblib backend 'skcifar', which does not work with this joblib; "
+                "install one that skcifar was tested with."
+            )
         search = clone(self).set_params(journal=None, progress=None, verbose=0)
         study = search._study = SearchStudy(search, X, y, params)
 

@@ -106,11 +106,11 @@ Fits that share their architecture are trained as one; everything else, scorers 
 estimators included, runs one after the other as scikit-learn has it. The results are those of
 {base} to rounding; ``fit_time`` is a fit's share of the time of its group.
 
-The differences of two candidates' scores over k = folds x repeats are compared by the corrected
-resampled t-test of [1]_: their mean is within chance if it is at most the 0.975 quantile of
-Student's t with k - 1 degrees of freedom times :math:`\\sqrt{(1/k + n_{test}/n_{train})
-s^2}`. It allows neither for choosing the best after seeing the scores nor for looking at many
-pairs. With a single split, nothing can be told apart.
+The differences of two candidates' scores in k folds, means over the repeats, are compared by the
+corrected resampled t-test of [1]_: their mean is within chance if it is at most the 0.975
+quantile of Student's t with k - 1 degrees of freedom times
+:math:`\\sqrt{(1/k + n_{test}/n_{train}) s^2}`. It allows neither for choosing the best after
+seeing the scores nor for looking at many pairs. With a single split, nothing can be told apart.
 
 `validate_epochs` needs an estimator of this package itself: in a Pipeline, whose first steps change
 the rows, ``valid_score`` stays NaN. It is the accuracy, or the negative loss with

@@ -285,7 +285,8 @@ class Steps:
         for key, step in list(self._steps.items()):
             if total <= self._budget:
                 break
-            if step.repeats:
+            # of others, an array alone is sure not to be written to
+            if step.repeats and isinstance(step.output, np.ndarray):
                 total -= step.n_bytes
                 del self._outputs[id(step.output)], self._steps[key]
 

@@ -61,7 +61,7 @@ def why_alone(job: TrainingJob) -> str | None:
         return "skorch_callbacks want a net of their own"
     if callable(job.recipe.learning_rate):
         return "a learning_rate that is a callable wants an optimizer of its own"
-    if job.state is not None:
+    if job.state is not None or not isinstance(job.paused, Model | None):
         return "it goes on from an earlier fit"
     return None
 
@@ -239,7 +239,15 @@ def _run(courses: list[_Course], n_workers: int) -> None:
     n_threads = torch.get_num_threads()
     share = max(1, n_threads // len(courses))
     running: dict[Future, _Course] = {}
-    pool = ThreadPoolExecutor(n_workers, "skcifar-stack", torch.set_num_threads, (share,))
+    pool = ThreadPoolExecutor(n_workers, "skcifar-stack")
+
+    def run_epoch(course: _Course) -> list[dict[str, Any]]:
+        if course.is_cancelled:
+            return []
+        if torch.get_num_threads() != share:
+            torch.set_num_threads(share)
+        return course.run_epoch()
+
     try:
         while left := [course for course in courses if not course.is_over]:
             # what has most to do goes first, so that none is left over at the end
@@ -247,15 +255,18 @@ def _run(courses: list[_Course], n_workers: int) -> None:
             idle.sort(key=lambda course: -course.operations_left)
             for course in idle[: n_workers - len(running)]:
                 course.begin_epoch()
-                running[pool.submit(course.run_epoch)] = course
+                running[pool.submit(run_epoch, course)] = course
             done, _ = wait(running, return_when=FIRST_COMPLETED)
+            torch.set_num_threads(n_threads)  # new threads begin with what was set last
             for future in done:
                 running.pop(future).end_epoch(future.result())
     finally:
         for course in courses:
             course.is_cancelled = True
-        pool.shutdown()
-        torch.set_num_threads(n_threads)  # new threads begin with what was set last
+        try:
+            pool.shutdown()
+        finally:
+            torch.set_num_threads(n_threads)
         for course in courses:
             course.dissolve()
 

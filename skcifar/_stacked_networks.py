@@ -64,6 +64,8 @@ class Model:
         rate = SimpleNamespace(param_groups=[{"lr": recipe.learning_rate_init, "rate_factor": 1.0}])
         self.rates = LearningRates(recipe, rate, len(job.train), recipe.max_iter * n_batches)  # type: ignore[arg-type]
         self.conductor = Conductor(self.job, self.rates)
+        self.conductor.act_for(job)
+        self.job.module.eval()  # for whoever looks at it between two epochs
         layers = dense_layers(self.job.module)
         self.parameters = [p for layer in layers for p in layer.parameters()]
         self.moments: list[list[Tensor]] = []
@@ -81,7 +83,7 @@ class Model:
 
     def taken_up(self, job: TrainingJob) -> Model:
         """This model, to be trained further on behalf of `job`."""
-        self.job.on_epoch_begin, self.job.on_epoch_end = job.on_epoch_begin, job.on_epoch_end
+        self.conductor.act_for(job)
         self.operations = 0.0
         self._go_on_until(job)
         return self
@@ -169,7 +171,7 @@ class Stack:
                 Parameters(
                     of,
                     [self.models[i].parameters[place] for i in of],
-                    [self.models[i].moments[place] for i in of if self.models[i].moments],
+                    self._moments(of, place),
                     tail,
                 )
                 for place in (2 * layer, 2 * layer + 1)
@@ -198,6 +200,18 @@ class Stack:
         for parameters in self.parameters:
             parameters.lend()
 
+    def _moments(self, of: list[int], place: int) -> list[list[Tensor]]:
+        """Of one parameter; zeros for networks that have none as yet, where others have."""
+        own = [self.models[i].moments[place] if self.models[i].moments else [] for i in of]
+        n_moments = max(map(len, own))
+        if not n_moments:
+            return []
+        weights = [self.models[i].parameters[place].data for i in of]
+        return [
+            moments or [torch.zeros_like(weight)] * n_moments
+            for moments, weight in zip(own, weights, strict=True)
+        ]
+
     def dissolve(self) -> None:
         """Give every network its own weights, moments and place in the order of the rows."""
         moments: list[list[list[Tensor]]] = [[] for _ in self.models]
@@ -206,7 +220,8 @@ class Stack:
                 moments[owner].append(of_one)
         for model, of_all in zip(self.models, moments, strict=True):
             model.moments = of_all if any(of_all) else []
-            model.job.generators.order.set_state(self.order.get_state())
+            if self.batches.order is not None and len(self.batches) > 1:  # then it was drawn from
+                model.job.generators.order.set_state(self.order.get_state())
 
     # -- an epoch ----------------------------------------------------------------------------------
 

@@ -310,7 +310,9 @@ class SearchStudy(Study):
             samples = self._left_out_rows(candidate.estimator, place.fold, job)
             # without labels to be right about, a loss is all there is
             by_loss = job.monitor_loss or not isinstance(job.criterion, ClassificationLoss)
-            job = replace(job, validation=samples, monitor_loss=by_loss)
+            job = replace(
+                job, validation=samples, monitor_loss=by_loss, only_watched=samples is not None
+            )
         if candidate.pauses:
             key = candidate.name, candidate.number, place.fold, place.repeat
             job = replace(

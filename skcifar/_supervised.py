@@ -281,7 +281,8 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         mean = scale = None
         if normalize:
             rows, index, weight = samples.rows, samples.index, samples.weight
-            what = (rows.data_ptr(), "statistics", image_shape, self.layout)
+            form = (rows.shape, rows.stride(), rows.dtype)
+            what = (rows.data_ptr(), "statistics", *form, image_shape, self.layout)
             mean, scale = compute(
                 lambda: pixel_statistics(rows, image_shape, self.layout, index, weight),
                 what if index is None and weight is None else None,

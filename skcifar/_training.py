@@ -104,6 +104,8 @@ class TrainingJob:
     validation_score : callable or None
         The monitored score (larger is better) of the module as it is, once an epoch; None takes
         the accuracy, or with `monitor_loss` the negative loss, on `validation`.
+    only_watched : bool
+        Whether the validation rows decide on nothing: neither rates nor the end.
     on_epoch_begin, on_epoch_end : callables
         The latter gets the epoch's row of the history and says whether to stop.
     state : dict or None
@@ -130,6 +132,7 @@ class TrainingJob:
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     monitor_loss: bool = False
     validation_score: Callable[[], float] | None = None
+    only_watched: bool = False
     on_epoch_begin: Callable[[], None] = lambda: None
     on_epoch_end: Callable[[dict], bool] = lambda row: False
     skorch_callbacks: list = field(default_factory=list)
@@ -345,7 +348,7 @@ class _Net(NeuralNetClassifier):
 
     def run(self, job: TrainingJob) -> None:
         """Train on behalf of `job`, which this net was made for or which follows that one."""
-        self.job.on_epoch_begin, self.job.on_epoch_end = job.on_epoch_begin, job.on_epoch_end
+        self.conductor.act_for(job)
         if self.is_over:
             return
         n_epochs = job.recipe.max_iter
@@ -642,6 +645,7 @@ class Conductor:
     def __init__(self, job: TrainingJob, rates: LearningRates) -> None:
         self.job = job
         self.rates = rates
+        self.shown = job.module
         self.best_loss = math.inf
         self.best_score: float | None = None
         self.best_weights: dict[str, Tensor] | None = None
@@ -649,9 +653,17 @@ class Conductor:
         self.converged = False
         self.history: list[dict] = []
 
+    def act_for(self, job: TrainingJob) -> None:
+        """Tell `job`'s callbacks and scorers, who look at its module, of the training."""
+        for name in ("on_epoch_begin", "on_epoch_end", "validation_score"):
+            setattr(self.job, name, getattr(job, name))
+        self.shown = job.module.eval()
+
     def epoch_over(self, row: dict) -> bool:
         """Take note of an epoch and tell of it; says whether it was the last."""
         self._check_finite(row)
+        if self.shown is not self.job.module:  # a training that pauses keeps its own to itself
+            self.shown.load_state_dict(self.job.module.state_dict())
         if self.job.validation is not None:
             row["valid_score"] = self.validation_score(row)
         self.history.append(row)
@@ -667,6 +679,8 @@ class Conductor:
         if ends_early and self.epochs_without_improvement > patience:
             self.epochs_without_improvement = 0
             self.converged = not self.rates.lower()
+        # rows that are only looked at do not decide on rates
+        row = {**row, "valid_loss": row["train_loss"]} if self.job.only_watched else row
         self.rates.after_epoch(row)
         return stop or self.converged
 

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -127,7 +130,9 @@ def test__missing_newline_between_tasks__error_names_the_line(path):
         read(path)
 
 
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"no newline", b'{"a": 1}\n', b"\n", b"[1]\n"])
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", b"no newline", b'{"a": 1}\n', b"\n", b"[1]\n", b"a\nb"]
+)
 def test__file_of_another_kind__is_an_error_and_stays(tmp_path, content):
     path = tmp_path / "table.csv"
     path.write_bytes(content)
@@ -257,7 +262,7 @@ def test__describe__tells_parameters_apart():
 
 def test__describe__value_without_identity__error_names_parameter():
     with pytest.raises(ValueError, match=r"estimator\.C = .* cannot be told from others"):
-        describe(LogisticRegression(C=partial(lambda x: x)), "estimator")
+        describe(LogisticRegression(C=(number for number in [1.0])), "estimator")
 
 
 def test__as_plain__keeps_subclasses_as_what_json_makes_of_them():
@@ -266,3 +271,34 @@ def test__as_plain__keeps_subclasses_as_what_json_makes_of_them():
 
     assert type(as_plain(Count(3), "n")) is int
     assert type(as_plain(np.float64(3), "x")) is float
+
+
+def test__describe__sees_through_scorers_and_partials():
+    def one(y, p):
+        return 1.0
+
+    def two(y, p):
+        return 2.0
+
+    for wrap in (make_scorer, lambda f: partial(f, p=0)):
+        assert describe(wrap(one), "scoring") != describe(wrap(two), "scoring")
+        assert describe(wrap(one), "scoring") == describe(wrap(one), "scoring")
+    assert describe({1: 2, "1": 3}, "p") != describe({"1": 3}, "p")
+
+
+def test__describe__does_not_depend_on_the_order_within_sets():
+    code = (
+        "from skcifar._journal import describe; "
+        "print(describe(lambda x: x in {'a', 'b', 'c', 'd'}, 'f')['code'])"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "12"
+    }
+    assert len(found) == 1

@@ -200,3 +200,24 @@ def test__shared_rows__are_plain_arrays_to_scorers_and_others(large):
     with sklearn.config_context(assume_finite=True):
         scores = in_block(permutation_test_score, SOFTMAX, *large, cv=2, n_permutations=2)
     assert len(scores[1]) == 2
+
+
+class FitsHead(SoftmaxRegression):
+    """Fits the first rows only."""
+
+    def __init__(self, n_rows=100, solver="sgd", max_iter=3, normalize=True, random_state=0):
+        super().__init__(
+            solver=solver, max_iter=max_iter, normalize=normalize, random_state=random_state
+        )
+        self.n_rows = n_rows
+
+    def fit(self, X, y):
+        return super().fit(X[: self.n_rows], y[: self.n_rows])
+
+
+def test__part_of_shared_rows__has_statistics_of_its_own(large):
+    search = GridSearchCV(
+        FitsHead(), {"n_rows": [40, 100, 150]}, cv=2, refit=False, scoring="neg_log_loss"
+    )
+    found = in_block(clone(search).fit, *large).cv_results_
+    assert_same_results(found, search.fit(*large).cv_results_)

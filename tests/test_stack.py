@@ -64,6 +64,15 @@ GRIDS = {
         MLP,
         {"early_stopping": [True], "scoring": ["loss", "neg_log_loss"], "n_iter_no_change": [2]},
     ),
+    "dropout, early stopping by another score": (
+        MLP,
+        {
+            "dropout": [0.3],
+            "early_stopping": [True],
+            "scoring": ["balanced_accuracy"],
+            "n_iter_no_change": [2],
+        },
+    ),
     "class weights": (MLP, {"class_weight": [None, "balanced", {0: 2.0, 1: 0.0}]}),
     "clipped norms": (MLP, {"clip_grad_norm": [0.1, 1.0], "solver": ["sgd", "adamw"]}),
     "clipped values": (MLP, {"clip_grad_value": [0.01, 0.001], "weight_decay": [0.01]}),
@@ -379,7 +388,15 @@ def test__seconds__add_up_and_follow_the_operations(digits):
 
 
 @pytest.mark.parametrize("train", [outcomes_together, None], ids=["together", "alone"])
-@pytest.mark.parametrize("settings", [{}, {"dropout": [0.2]}, {"early_stopping": [True]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dropout": [0.2]},
+        {"early_stopping": [True]},
+        {"early_stopping": [True], "scoring": ["neg_log_loss"]},
+    ],
+)
 def test__pauses__leave_the_result_as_it_is(train, settings, digits):
     grid = RATES | settings
 
@@ -434,3 +451,38 @@ def test__ran_out__is_told_where_fit_is_called(digits):
             clone(MLP).set_params(learning_rate="constant", tol=0.0).fit(X, y)
     finally:
         MEETING.reset(token)
+
+
+def test__paused_networks_with_and_without_momentum__go_on_together(digits, monkeypatch):
+    grid = RATES | {"solver": ["sgd"], "momentum": [0.0, 0.9]}
+    whole = jobs_of(MLP, grid, *digits)
+    expected = [outcome.result.history for outcome in outcomes_together(whole)]
+    first = jobs_of(MLP, grid, *digits)
+    for job in first:
+        job.pause_after = 3
+    paused = [train_group([job])[0].result.paused for job in first]
+    second = jobs_of(MLP, grid, *digits)
+    for job, before in zip(second, paused, strict=True):
+        job.paused = before
+    assert groups_of(second) == [list(range(8))]
+    for outcome, history in zip(outcomes_together(second), expected, strict=True):
+        last, wanted = outcome.result.history[-1], history[-1]
+        assert last["train_loss"] == pytest.approx(wanted["train_loss"], abs=1e-12)
+
+
+def test__training_paused_alone__goes_on_alone(digits):
+    first, second = (jobs_of(MLP, {}, *digits)[0] for _ in range(2))
+    first.pause_after = 3
+    second.paused = train_alone(first).paused
+    assert why_alone(second) is not None
+    assert len(train_group([second])[0].result.history) == 10
+
+
+def test__order_that_is_not_drawn__leaves_each_network_its_own_generator(digits):
+    grid = {"batch_size": ["full"], "random_state": [0, 1]}
+    jobs = jobs_of(MLP, grid, *digits)
+    assert groups_of(jobs) == [[0, 1]]
+    before = [job.generators.order.get_state() for job in jobs]
+    outcomes_together(jobs)
+    for job, state in zip(jobs, before, strict=True):
+        assert torch.equal(job.generators.order.get_state(), state)

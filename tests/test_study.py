@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.callback import ProgressBar, ScoringMonitor
 from sklearn.ensemble import BaggingClassifier
@@ -16,7 +17,7 @@ from sklearn.exceptions import FitFailedWarning
 from sklearn.model_selection import GridSearchCV, KFold, cross_validate
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sweeps import GRID, LONG, MANY, MLP, X, assert_same_results, interrupt_after, y
+from sweeps import GRID, LONG, MANY, MLP, RATES, X, assert_same_results, interrupt_after, y
 
 from skcifar import SoftmaxRegression, TripletEmbedder
 from skcifar.model_selection import BatchedGridSearchCV, BatchedHalvingSearchCV
@@ -399,3 +400,16 @@ def test__killed_process__search_goes_on_with_what_it_finished(tmp_path, trained
     pd.testing.assert_frame_equal(
         without_times(search.epoch_results_), without_times(whole.epoch_results_), atol=1e-9
     )
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test__validate_epochs__decides_on_nothing():
+    def plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+
+    model = clone(MLP).set_params(learning_rate=plateau, max_iter=8)
+    losses = []
+    for validate in (False, True):
+        search = BatchedGridSearchCV(model, RATES, cv=2, refit=False, validate_epochs=validate)
+        losses.append(search.fit(X, y).epoch_results_["train_loss"].to_numpy())
+    np.testing.assert_array_equal(*losses)
