@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ from skcifar import (
 )
 from skcifar._device import resolve_device
 from skcifar.datasets import Subset, fetch_cifar10, fetch_mnist, load_digits
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _pretrained(backbone: str, device: str) -> BaseEstimator:
@@ -221,6 +224,20 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_learning_curves(
+    folder: Path, draw: Callable[[], Figure], tell: Callable[[str], None], *, why_none: str | None
+) -> None:
+    """Write what `draw` gives to learning_curves.png, or tell why there is no such picture."""
+    if why_none is not None:
+        tell(f"no learning_curves.png: {why_none}")
+    elif has_matplotlib():
+        with replacing(folder / "learning_curves.png") as path:
+            draw().savefig(path, dpi=120)
+        tell(f"wrote learning_curves.png to {folder}")
+    else:
+        tell("no learning_curves.png: install matplotlib (pip install 'skcifar[plot]')")
 
 
 def has_matplotlib() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from collections.abc import Callable, Hashable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,10 @@ from skcifar._command_line import (
     check_folds,
     check_writable,
     configured,
-    has_matplotlib,
     integer_from,
     read_splits,
     replacing,
+    write_learning_curves,
 )
 from skcifar.model_selection import compare
 
@@ -176,14 +177,9 @@ def _write_results(
     with replacing(folder / "histories.csv") as path:
         histories.to_csv(path, index=False)
     tell(f"wrote table.csv and histories.csv to {folder}")
-    if histories.empty:
-        tell("no learning_curves.png: no model recorded its epochs")
-    elif has_matplotlib():
-        with replacing(folder / "learning_curves.png") as path:
-            _draw_learning_curves(histories, table, title).savefig(path, dpi=120)
-        tell(f"wrote learning_curves.png to {folder}")
-    else:
-        tell("no learning_curves.png: install matplotlib (pip install 'skcifar[plot]')")
+    why_none = "no model recorded its epochs" if histories.empty else None
+    draw = partial(_draw_learning_curves, histories, table, title)
+    write_learning_curves(folder, draw, tell, why_none=why_none)
 
 
 def _draw_learning_curves(histories: pd.DataFrame, table: pd.DataFrame, title: str) -> Figure:

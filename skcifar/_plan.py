@@ -16,6 +16,7 @@ from skcifar._meeting import PlannedFit
 from skcifar._study import SearchStudy, last_step, trained_parts
 from skcifar._training import TrainingJob
 
+_FOREIGN = "not an estimator of skcifar"
 _CALIBRATION_SECONDS = 1.0  # of all groups of a plan together, roughly
 
 
@@ -48,10 +49,14 @@ def plan_of(study: SearchStudy, fits: list[PlannedFit]) -> pd.DataFrame:
             step_seconds[shape] = _step_seconds(group, _CALIBRATION_SECONDS / len(set(shapes)))
         steps = max(_epochs_of(job) * _steps_of_an_epoch(job) for job in group)
         row["seconds"] = step_seconds[shape] * steps * row["models"] / len(group)
-    foreign = [name for name, fit in zip(names, fits, strict=True) if fit.job is None]
-    for name in dict.fromkeys(foreign):
-        reason = "not an estimator of skcifar"
-        row = {"models": foreign.count(name), "estimator": name, "reason": reason}
+    unseen = [
+        (name, bool(trained_parts(first.place(fit.task)[0].estimator)))
+        for name, fit in zip(names, fits, strict=True)
+        if fit.job is None
+    ]
+    for name, is_ours in dict.fromkeys(unseen):
+        reason = "its fit trains nothing: it raises an error" if is_ours else _FOREIGN
+        row = {"models": unseen.count((name, is_ours)), "estimator": name, "reason": reason}
         rows[(name,)] = dict.fromkeys(_PLAN_COLUMNS[3:-1], np.nan) | row
     table = list(rows.values())
     table += _later_rounds(study, table)

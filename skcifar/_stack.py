@@ -72,7 +72,7 @@ def groups_of(jobs: Sequence[TrainingJob]) -> list[list[int]]:
     A group is one stack, or several that are trained at the same time.
     """
     stackable = [i for i, job in enumerate(jobs) if why_alone(job) is None]
-    groups = [[i] for i in range(len(jobs)) if i not in set(stackable)]
+    groups = [[i] for i, job in enumerate(jobs) if why_alone(job) is not None]
     stacks = [[stackable[i] for i in stack] for stack in _stacks_of([jobs[i] for i in stackable])]
     while stacks:
         n = _n_workers(jobs[stacks[0][0]].reader.device)
@@ -232,9 +232,12 @@ def _run(courses: list[_Course], n_workers: int) -> None:
     """Run courses to their ends: one with all of torch's threads, several with a share each."""
     if len(courses) == 1 or n_workers == 1:
         for course in courses:
-            while not course.is_over:
-                course.begin_epoch()
-                course.end_epoch(course.run_epoch())
+            try:
+                while not course.is_over:
+                    course.begin_epoch()
+                    course.end_epoch(course.run_epoch())
+            finally:
+                course.dissolve()
         return
     n_threads = torch.get_num_threads()
     share = max(1, n_threads // len(courses))
@@ -244,7 +247,7 @@ def _run(courses: list[_Course], n_workers: int) -> None:
     def run_epoch(course: _Course) -> list[dict[str, Any]]:
         if course.is_cancelled:
             return []
-        if torch.get_num_threads() != share:
+        if torch.get_num_threads() != share:  # once in each of the pool's threads
             torch.set_num_threads(share)
         return course.run_epoch()
 

@@ -371,8 +371,8 @@ class Tower:
         Of the first layer's outputs, (n_units of all networks, n_rows).
     activation : str
         Name of a class of `_ACTIVATIONS`; "" without hidden layers.
-    dropout : tensor of shape (n_models, 1, 1) or None
-        Share of units left out in training.
+    dropout : list of float or None
+        Each network's share of units left out in training.
     tails : list of pairs of Parameters
         Weights (n_models, n_out, n_in) and biases (n_models, n_out, 1) behind the first layer.
     """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from skcifar._command_line import TABLE_WIDTH, has_matplotlib, replacing
+from skcifar._command_line import TABLE_WIDTH, replacing, write_learning_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,14 +201,9 @@ def write_results(
     with replacing(folder / "epochs.csv") as path:
         epochs.to_csv(path, index=False)
     tell(f"wrote table.csv and epochs.csv to {folder}")
-    if epochs.empty:
-        tell("no learning_curves.png: no candidate recorded its epochs")
-    elif has_matplotlib():
-        with replacing(folder / "learning_curves.png") as path:
-            draw_learning_curves(table, epochs, title).savefig(path, dpi=120)
-        tell(f"wrote learning_curves.png to {folder}")
-    else:
-        tell("no learning_curves.png: install matplotlib (pip install 'skcifar[plot]')")
+    why_none = "no candidate recorded its epochs" if epochs.empty else None
+    draw = partial(draw_learning_curves, table, epochs, title)
+    write_learning_curves(folder, draw, tell, why_none=why_none)
 
 
 def draw_learning_curves(table: pd.DataFrame, epochs: pd.DataFrame, title: str) -> Figure:
