@@ -37,7 +37,7 @@ gpu_27, gpu_135, gpu_cnn_27
     python benchmarks/bench_sweep.py [--only ROW,...] [--check] [--data-home DIR] [--repeats N]
         [--output DIR]
 
-takes 20 minutes on two cores. On a GPU everything of ours runs there by itself; scikit-learn's does
+takes 10 minutes on two cores. On a GPU everything of ours runs there by itself; scikit-learn's does
 not.
 """
 
