@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from skcifar._networks import Dropout, Linear
+from skcifar._networks import Dropout, Linear, Step, sliced
 
 
 class LeNet5(nn.Module):
@@ -39,6 +39,9 @@ class LeNet5(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dense(self.features(x)))
 
+    def hidden_steps(self) -> list[Step]:
+        return sliced(self.features, [3, 7]) + sliced(self.dense, [2, 4])
+
 
 class VGG(nn.Module):
     """Simonyan and Zisserman (2015) with BatchNorm, average pooling and one dense layer."""
@@ -54,6 +57,7 @@ class VGG(nn.Module):
         super().__init__()
         n_in = image_shape[2]
         layers: list[nn.Module] = []
+        stage_ends: list[int] = []
         for stage in stages:
             for position, n_out in enumerate(stage):
                 layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out)]
@@ -61,12 +65,18 @@ class VGG(nn.Module):
                     layers.append(nn.MaxPool2d(2))
                 layers.append(nn.ReLU(inplace=True))
                 n_in = n_out
+            stage_ends.append(len(layers))
         self.features = nn.Sequential(*layers)
+        self.stage_ends = tuple(stage_ends)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(n_in, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.avgpool(self.features(x)).flatten(1))
+
+    def hidden_steps(self) -> list[Step]:
+        layers = nn.Sequential(*self.features, self.avgpool, nn.Flatten())
+        return sliced(layers, [*self.stage_ends[:-1], len(layers)])
 
 
 class VGG11(VGG):
@@ -131,12 +141,20 @@ class ResNet(nn.Module):
         self.fc = _dense_or_nothing(512 * block.expansion, n_outputs)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.avgpool(x).flatten(1)
+        x = self.layer3(self.layer2(self.layer1(self._stem(x))))
+        return self._last_stage(x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+
+    def _last_stage(self, x: Tensor) -> Tensor:
+        return self.avgpool(self.layer4(x)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.forward_features(x))
+
+    def hidden_steps(self) -> list[Step]:
+        return [self._stem, self.layer1, self.layer2, self.layer3, self._last_stage]
 
 
 def _stage(

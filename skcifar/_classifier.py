@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 from scipy.special import expit, softmax
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.callback import with_callbacks
-from sklearn.utils import compute_class_weight
+from sklearn.utils import check_scalar, compute_class_weight
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import unique_labels
-from torch import nn
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
 
-from skcifar._device import Generators
+from skcifar._device import Generators, Precision
+from skcifar._networks import Step, hidden_steps
 from skcifar._optimization import ClassificationLoss
 from skcifar._supervised import SupervisedEstimator
+from skcifar._training import compute
 
 
 def _is_stochastic(estimator: TorchClassifier) -> bool:
@@ -286,6 +290,85 @@ class TorchClassifier(ClassifierMixin, SupervisedEstimator):
         """
         with np.errstate(divide="ignore"):
             return np.log(self.predict_proba(X))
+
+    # -- hidden layers -----------------------------------------------------------------------------
+
+    def hidden_layer_output(self, X: Any, layer: int = -1) -> np.ndarray:
+        """Return the activations of a hidden layer, for a picture or another estimator.
+
+        Hidden layers are counted from 0 at the images, or from -1 at the outputs:
+
+        - an `MLPClassifier` has one for each of `hidden_layer_sizes`;
+        - a `CNNClassifier` one for each stage of `channels`, pooling included, then one for each
+          of `hidden_layer_sizes`; by name "lenet5" has two convolutions and two dense layers, a
+          VGG its five stages, a ResNet its first convolution and four stages. The last stage comes
+          after the pooling of its whole image, if there is one;
+        - a `FineTunedClassifier` has its encoder's output, then one for each of
+          `hidden_layer_sizes`;
+        - of a network of one's own that is a `torch.nn.Sequential` every part but the last is one;
+          the layers of others are not known.
+
+        Parameters
+        ----------
+        X : array-like or tensor, as for fit
+            Images.
+        layer : int, default=-1
+            Which hidden layer; -1 is the one that the outputs are computed from.
+
+        Returns
+        -------
+        activations : ndarray of shape (n_samples, n_units)
+            What comes out of the activation function, in the precision of the weights: without
+            dropout, and without the averages of `tta`. The image of a convolution is flat, one
+            channel after the other and each of them row by row.
+
+        Raises
+        ------
+        ValueError
+            When there is no such hidden layer.
+        TypeError
+            When `layer` is no integer, or the network is one's own and no Sequential.
+
+        Examples
+        --------
+        >>> from skcifar import MLPClassifier
+        >>> from skcifar.datasets import load_digits
+        >>> X, y = load_digits(return_X_y=True)
+        >>> classifier = MLPClassifier((64, 16), max_iter=2, random_state=0).fit(X, y)
+        >>> classifier.hidden_layer_output(X[:5]).shape
+        (5, 16)
+        >>> classifier.hidden_layer_output(X[:5], layer=0).shape
+        (5, 64)
+        """
+        check_is_fitted(self)
+        steps = self._steps_to(layer)
+        rows, _, _ = self._validate_rows(X, reset=False)
+
+        def forward(batch: Tensor) -> Tensor:
+            for step in steps:
+                batch = step(batch)
+            return batch.flatten(1)
+
+        view = self._view({"_forward": forward})  # up to the layer, rather than to the outputs
+        dtype = Precision(self.dtype_).weights
+        return compute(lambda: view._outputs_of(rows, dtype))
+
+    def _steps_to(self, layer: int) -> list[Step]:
+        """What leads from the images to a hidden layer's output."""
+        check_scalar(layer, "layer", Integral)
+        steps = hidden_steps(self.module_)
+        name, n_layers = type(self).__name__, len(steps)
+        if not steps:
+            raise ValueError(
+                f"layer={layer}, but this {name} has no hidden layer: its outputs are computed "
+                "from the images themselves; decision_function gives them."
+            )
+        if not -n_layers <= layer < n_layers:
+            raise ValueError(
+                f"layer={layer}, but this {name} has {n_layers} hidden layer(s); expected 0 to "
+                f"{n_layers - 1}, or -1 (the last) to {-n_layers}."
+            )
+        return steps[: layer % n_layers + 1]
 
 
 def _codes_of(found: np.ndarray, classes: np.ndarray, name: str) -> np.ndarray:

@@ -42,6 +42,34 @@ class Dropout(nn.Dropout):
         return x * keep.div_(1 - self.p)
 
 
+# From images, or from the output of a hidden layer, to the output of the next hidden layer.
+Step = Callable[[Tensor], Tensor]
+
+
+def hidden_steps(network: nn.Module) -> list[Step]:
+    """What leads from each hidden layer to the next, the first from the images.
+
+    All of them in turn and then the head are the forward pass in evaluation mode. A Sequential of
+    somebody else's is taken to have a hidden layer for each child but the last.
+    """
+    known = getattr(network, "hidden_steps", None)
+    if known is not None:
+        return known()
+    if isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward:
+        children: list[Step] = [*network.children()]
+        return children[:-1]
+    raise TypeError(
+        "The hidden layers are known of skcifar's own networks and of a plain "
+        f"torch.nn.Sequential, but module_ is a {type(network).__name__}; make it a Sequential, "
+        "or register a forward hook (torch.nn.Module.register_forward_hook) on its part."
+    )
+
+
+def sliced(layers: nn.Sequential, ends: Sequence[int]) -> list[Step]:
+    """Parts of a Sequential that follow one another, each up to an end."""
+    return [layers[start:end] for start, end in pairwise([0, *ends])]
+
+
 def use_generator(module: nn.Module, generator: torch.Generator) -> None:
     """Let every dropout in `module` draw from `generator`; torch's own layers become ours."""
     for layer in module.modules():
@@ -152,6 +180,10 @@ class MultilayerPerceptron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
+    def hidden_steps(self) -> list[Step]:
+        starts = [i for i, layer in enumerate(self.features) if isinstance(layer, Linear)]
+        return sliced(self.features, [*starts[1:], len(self.features)] if starts else [])
+
 
 def _dense_layers(widths: Sequence[int], activations: Sequence[str], dropout: float) -> list:
     layers: list[nn.Module] = []
@@ -216,6 +248,7 @@ class ConvolutionalNetwork(nn.Module):
         kernel_sizes = iter(per_layer(kernel_size, n_convolutions, "kernel_size"))
         activations = per_layer(activation, n_convolutions + len(hidden_layer_sizes), "activation")
         layers: list[nn.Module] = []
+        stage_ends: list[int] = []
         i = 0
         for stage in stages:
             for position, n_out in enumerate(stage):
@@ -236,12 +269,15 @@ class ConvolutionalNetwork(nn.Module):
                 layers.append(ACTIVATIONS[activations[i]]())
                 n_in = n_out
                 i += 1
+            stage_ends.append(len(layers))
         if global_pool is not None and height * width > 1:
             pool = nn.AdaptiveMaxPool2d if global_pool == "max" else nn.AdaptiveAvgPool2d
             layers.append(pool(1))
             height = width = 1
         layers.append(nn.Flatten())
         self.features = nn.Sequential(*layers)
+        # the last stage reaches up to what the next layer reads
+        self.stage_ends = (*stage_ends[:-1], len(layers)) if stages else ()
         widths = [height * width * n_in, *hidden_layer_sizes]
         dense: list[nn.Module] = []
         for (n_before, n_after), name in zip(pairwise(widths), activations[i:], strict=True):
@@ -252,6 +288,12 @@ class ConvolutionalNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dense(self.features(x))) * self.output_scale
+
+    def hidden_steps(self) -> list[Step]:
+        layers = nn.Sequential(*self.features, *self.dense)
+        # dropout, weights, activation; a last dropout is the head's
+        dense_ends = range(len(self.features) + 3, len(layers), 3)
+        return sliced(layers, [*self.stage_ends, *dense_ends])
 
 
 # With BatchNorm the convolutions bear a rate at which the head, which has none, would leap: an
@@ -458,6 +500,9 @@ class FineTunedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x))
+
+    def hidden_steps(self) -> list[Step]:
+        return [self.encoder, *hidden_steps(self.head)]
 
     def train(self, mode: bool = True) -> FineTunedNetwork:
         super().train(mode)

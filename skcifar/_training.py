@@ -706,13 +706,15 @@ class Conductor:
     def _check_finite(self, row: dict) -> None:
         if math.isfinite(row["train_loss"]):
             return
-        clip = self.job.recipe.clip_grad_norm
-        remedies = "scale the inputs (normalize=True), lower learning_rate_init" + (
-            ", or set clip_grad_norm" if clip is None else ", or lower clip_grad_norm"
-        )
+        recipe = self.job.recipe
+        remedies = ["scale the inputs (normalize=True)", "lower learning_rate_init"]
+        if recipe.clip_grad_norm is None and recipe.clip_grad_value is None:
+            remedies.append("or clip gradients, as with clip_grad_value=1")
+        else:
+            remedies.append("or clip gradients to less")
         raise ValueError(
             f"The training loss became {row['train_loss']} in epoch {row['epoch']} at learning "
-            f"rate {row['learning_rate']:g}: training diverged. Remedies: {remedies}."
+            f"rate {row['learning_rate']:g}: training diverged. Remedies: {', '.join(remedies)}."
         )
 
     def result(

@@ -24,7 +24,9 @@ from skcifar import (
     PretrainedFeatures,
     SoftmaxRegression,
     TripletEmbedder,
+    preprocessing,
 )
+from skcifar.preprocessing import GaussianBlur
 
 
 class GroupNormNetwork(torch.nn.Sequential):
@@ -157,6 +159,8 @@ INSTANCES = [
         ),
         ENCODER,
     ),
+    (GaussianBlur(), None),
+    (GaussianBlur(1.5, 3, border="constant", layout="CHW", device="cpu"), None),
 ]
 REASONS = {id(estimator): reason for estimator, reason in INSTANCES}
 
@@ -197,14 +201,24 @@ DEFAULTS = {
     TripletEmbedder: TripletEmbedder,
     PretrainedFeatures: small_features,
     FineTunedClassifier: partial(FineTunedClassifier, small_features()),
+    GaussianBlur: GaussianBlur,
 }
+
+
+def seeded(estimator):
+    return (
+        estimator.set_params(random_state=0)
+        if "random_state" in estimator.get_params()
+        else estimator
+    )
 
 
 def test__every_public_class__is_checked():
     public = {getattr(skcifar, name) for name in skcifar.__all__}
+    public |= {getattr(preprocessing, name) for name in preprocessing.__all__}
     assert {type(estimator) for estimator, _ in INSTANCES} == public == set(DEFAULTS)
     for default in DEFAULTS.values():
-        assert any(repr(clone(e)) == repr(default(random_state=0)) for e, _ in INSTANCES)
+        assert any(repr(clone(e)) == repr(seeded(default())) for e, _ in INSTANCES)
 
 
 def test__weights_equal_repetition__in_float64_without_exception():
@@ -213,10 +227,10 @@ def test__weights_equal_repetition__in_float64_without_exception():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("name", sorted(skcifar.__all__))
+@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("check", KEPT_FOR_ITSELF, ids=lambda check: check.__name__)
-def test__checks_that_scikit_learn_keeps_for_itself__pass(name, check):
-    estimator = DEFAULTS[getattr(skcifar, name)](random_state=0)
+def test__checks_that_scikit_learn_keeps_for_itself__pass(kind, check):
+    estimator = seeded(DEFAULTS[kind]())
     if "max_iter" in estimator.get_params(deep=False):
         estimator.set_params(max_iter=2)
-    check(name, estimator)
+    check(kind.__name__, estimator)
