@@ -7,22 +7,18 @@ and the versions it was measured with, and replaces the row of its name from an 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-import skcifar
+from skcifar._provenance import machine as this_machine
+from skcifar._provenance import now, versions
 from skcifar.datasets import fetch_cifar10, fetch_mnist
 
 
@@ -217,22 +213,8 @@ def times_faster(name: str, ours: list[Run], peer: list[Run], **fields: Any) -> 
 
 
 def machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        names = [line for line in listing.read_text().splitlines() if "model name" in line]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        # busy neighbours show here
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "skcifar": skcifar.__version__,
-        **{name: version(name) for name in ("torch", "scikit-learn", "skorch", "numpy", "scipy")},
-    }
+    # the columns that the committed results have
+    return {"date": now()} | {k: v for k, v in this_machine().items() if k != "gpu"} | versions()
 
 
 def record(results: list[Result], path: Path, header: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier as SklearnMLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import resample
+from sklearn.utils import Bunch, resample
 
 from skcifar import (
     CNNClassifier,
@@ -33,7 +34,8 @@ from skcifar import (
     TripletEmbedder,
 )
 from skcifar._device import resolve_device
-from skcifar.datasets import Subset, fetch_cifar10, fetch_mnist, load_digits
+from skcifar._provenance import data_provenance, provenance, variant_of
+from skcifar.datasets import Subset, fetch_cifar10, fetch_mnist, load_digits, load_image_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,6 +65,7 @@ MODELS: dict[str, Callable[[str], BaseEstimator]] = {
 }
 FETCHERS = {"cifar10": fetch_cifar10, "mnist": fetch_mnist}
 DATA = ["digits", "mnist", "cifar10"]
+IMAGE_SIZE = 32  # of folders; all models take rows of square images from 8 pixels on
 TABLE_WIDTH = 110
 
 
@@ -76,7 +79,8 @@ class UsageError(Exception):
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Say which images, where they are, and what all models get."""
     add = parser.add_argument
-    add("--data", choices=DATA, default="digits", help="default: digits")
+    add("--data", type=_data, default="digits", metavar="D", help=_DATA_HELP)
+    add("--image-size", type=integer_from(8), metavar="N", help=_IMAGE_SIZE_HELP)
     add("--data-home", metavar="DIR", help="where data are kept; default: scikit-learn's data home")
     add(
         "--n-train",
@@ -91,6 +95,25 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="S",
         help="of the subset and of every model; default: 0",
+    )
+
+
+_DATA_HELP = (
+    f"one of {', '.join(DATA)}, or a folder that has one for each class (pets/cat/1.png), or these "
+    "in its folders train and test; default: digits"
+)
+_IMAGE_SIZE_HELP = (
+    "the images of a folder are resized to cover N x N pixels and cut about their centre; "
+    f"default: {IMAGE_SIZE}"
+)
+
+
+def _data(text: str) -> str:
+    if text in DATA or (text and Path(text).is_dir()):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"invalid choice: {text!r} (choose from {', '.join(DATA)}, or name a folder of images: "
+        "there is no such folder)"
     )
 
 
@@ -141,18 +164,91 @@ class Images(NamedTuple):
     y: NDArray[np.generic]
 
 
-def read_splits(
-    arguments: argparse.Namespace, classes: list[int | str] | None = None
-) -> tuple[Images, Images | None]:
-    """The images to train on, as many as are asked for, and the official test split, if any."""
-    if arguments.data == "digits":
-        return _subset(_load(load_digits, "digits", classes=classes), arguments), None
-    parts: list[Subset] = ["train", "test"]
-    train, held_out = (
-        read(arguments.data, arguments.data_home, part, classes, verbose=not arguments.quiet)
-        for part in parts
+class Splits(NamedTuple):
+    """What a command works on.
+
+    Attributes
+    ----------
+    name : str
+        As titles have it: "mnist", "folder pets".
+    variant : str
+        Which pixels these are; looked at only if there is an output to note it in.
+    train : Images
+        As many as are asked for.
+    held_out : Images or None
+        The official test split, or the folder's.
+    class_names : list of str
+        By code, all of the data set.
+    image_shape : (h, w) or (h, w, c)
+    """
+
+    name: str
+    variant: str
+    train: Images
+    held_out: Images | None
+    class_names: list[str]
+    image_shape: tuple[int, ...]
+
+    def provenance(self) -> dict[str, Any]:
+        """With the names of those classes that there are images of."""
+        codes = [part.y for part in (self.train, self.held_out) if part is not None]
+        return data_provenance(
+            self.name,
+            *self.train,
+            *(self.held_out or (None, None)),
+            image_shape=self.image_shape,
+            class_names=[self.class_names[code] for code in np.unique(np.concatenate(codes))],
+            variant=self.variant,
+        )
+
+
+def read_splits(arguments: argparse.Namespace, classes: list[int | str] | None = None) -> Splits:
+    """The images to train on, as many as are asked for, and the test split, if any."""
+    name, held_out = arguments.data, None
+    if name not in DATA:
+        return _read_folder(arguments, classes)
+    if arguments.image_size is not None:
+        raise UsageError(f"argument --image-size: it is for folders; those of {name} have a size")
+    load = partial(_load, name, classes=classes)
+    if name == "digits":
+        train = load(load_digits)
+    else:
+        options = {"data_home": arguments.data_home, "verbose": not arguments.quiet}
+        train, held_out = (load(FETCHERS[name], subset=s, **options) for s in ("train", "test"))
+    variant = ""
+    if arguments.output is not None:
+        variant = variant_of(train.data, train.target, train.images.shape[1:])
+    return _splits(name, variant, train, held_out, arguments)
+
+
+def _read_folder(arguments: argparse.Namespace, classes: list[int | str] | None) -> Splits:
+    path = Path(arguments.data)
+    load = partial(
+        _load,
+        f"the folder {path}",
+        partial(load_image_folder, path),
+        image_size=arguments.image_size or IMAGE_SIZE,
+        # by name only: a folder's classes may have numbers for names, and have no codes to see
+        classes=None if classes is None else [str(one) for one in classes],
+        verbose=not arguments.quiet,
     )
-    return _subset(train, arguments), held_out
+    train = load(subset="train")
+    held_out = load(subset="test") if "test" in train.subsets else None
+    name = f"folder {path.resolve().name}"
+    return _splits(name, f"folder {path}", train, held_out, arguments)
+
+
+def _splits(
+    name: str, variant: str, train: Bunch, held_out: Bunch | None, arguments: argparse.Namespace
+) -> Splits:
+    return Splits(
+        name,
+        variant,
+        _subset(Images(train.data, train.target), arguments),
+        None if held_out is None else Images(held_out.data, held_out.target),
+        [str(each) for each in train.target_names],
+        train.images.shape[1:],
+    )
 
 
 def read(
@@ -163,15 +259,15 @@ def read(
     *,
     verbose: bool,
 ) -> Images:
-    return _load(
-        FETCHERS[name], name, data_home=data_home, subset=subset, classes=classes, verbose=verbose
-    )
+    options = {"data_home": data_home, "subset": subset, "classes": classes, "verbose": verbose}
+    bunch = _load(name, FETCHERS[name], **options)
+    return Images(bunch.data, bunch.target)
 
 
-def _load(load: Callable[..., Any], name: str, **options: Any) -> Images:
+def _load(name: str, load: Callable[..., Bunch], **options: Any) -> Bunch:
     try:
-        return Images(*load(return_X_y=True, **options))
-    except (OSError, ValueError) as error:
+        return load(**options)
+    except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"cannot read {name}: {error}") from error
 
 
@@ -224,6 +320,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_provenance(
+    arguments: argparse.Namespace, kind: str, title: str, splits: Splits, **more: Any
+) -> None:
+    """Write provenance.json to the folder of --output."""
+    # the words of this process's own call, where main was not given others
+    words = getattr(arguments, "argv", sys.argv[1:])
+    data = splits.provenance()
+    record = provenance(kind, title, arguments.seed, data, command=words, **more)
+    with replacing(arguments.output / "provenance.json") as path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def write_learning_curves(

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 
 from skcifar._command_line import (
     MODELS,
     TABLE_WIDTH,
+    Splits,
     UsageError,
     add_data_options,
     announce,
@@ -27,6 +29,7 @@ from skcifar._command_line import (
     read_splits,
     replacing,
     write_learning_curves,
+    write_provenance,
 )
 from skcifar.model_selection import compare
 
@@ -40,6 +43,9 @@ DEFAULT_MODELS = {
     "mnist": ["softmax", "mlp", "cnn", "triplet", "dummy"],
     "cifar10": ["softmax", "mlp", "cnn", "triplet", "dummy"],
 }
+
+PREDICTION_COLUMNS = ["model", "part", "row", "actual", "predicted", "confidence"]
+N_WRONG, N_RIGHT = 12, 4  # images of a model that are kept
 
 # What a column of the histories begins with, and how its curve is drawn: the blue and the
 # vermilion of Okabe and Ito, told apart by colour-blind eyes, and by their dashes in print.
@@ -56,8 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "triplet is TripletEmbedder and nearest neighbours, finetuned FineTunedClassifier on a "
         "TripletEmbedder; alexnet and resnet18 are ImageNet features, whose weights are "
         "downloaded, and MLPClassifier: they keep the features in the data home. "
-        "For mnist and cifar10 the official training split is cross-validated, then each model "
-        "is fitted to all of it and scored on the official test split."
+        "Where there is a test split (of mnist, cifar10 and folders with train and test) the "
+        "training split is cross-validated, then each model is fitted to all of it and scored on "
+        "the test split."
     )
     add_data_options(parser)
     add = parser.add_argument
@@ -72,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="write table.csv, histories.csv and, with matplotlib, learning_curves.png to DIR",
+        help="write table.csv, histories.csv, predictions.csv, gallery.npz (images predicted "
+        "right and wrong), provenance.json and, with matplotlib, learning_curves.png to DIR",
     )
     add("--quiet", action="store_true", help="no progress on stderr")
 
@@ -84,7 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(arguments.output)
 
     tell(f"reading {arguments.data}")
-    train, held_out = read_splits(arguments)
+    splits = read_splits(arguments)
+    train, held_out = splits.train, splits.held_out
     check_folds(train.y, arguments.cv)
 
     table = compare(
@@ -97,13 +106,13 @@ def run(arguments: argparse.Namespace) -> int:
     ).sort_values("cv_mean", ascending=False, kind="stable")
 
     title = (
-        f"{arguments.data}: {len(train.y):,} images of {len(np.unique(train.y))} classes, "
+        f"{splits.name}: {len(train.y):,} images of {len(np.unique(train.y))} classes, "
         f"{arguments.cv} folds, seed {arguments.seed}"
     )
     print(f"{title}\n\n{_format(table)}", flush=True)
     if arguments.output is not None:
         try:
-            _write_results(table, arguments.output, title, tell)
+            _write_results(table, splits, arguments, title, tell)
         except OSError as error:
             raise UsageError(f"cannot write the results: {error}") from error
     return 1 if table["cv_mean"].isna().all() else 0
@@ -112,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _estimators(arguments: argparse.Namespace) -> dict[str, BaseEstimator]:
     check_device(arguments.device)
     if arguments.models is None:
-        names = DEFAULT_MODELS[arguments.data]
+        names = DEFAULT_MODELS.get(arguments.data, DEFAULT_MODELS["cifar10"])  # or a folder's
     else:
         names = [name.strip() for name in arguments.models.split(",")]
     for name in names:
@@ -167,8 +176,15 @@ def _cells(row: dict[Hashable, Any]) -> list[str]:
 
 
 def _write_results(
-    table: pd.DataFrame, folder: Path, title: str, tell: Callable[[str], None]
+    table: pd.DataFrame,
+    splits: Splits,
+    arguments: argparse.Namespace,
+    title: str,
+    tell: Callable[[str], None],
 ) -> None:
+    folder = arguments.output
+    # taken off, for pandas copies them with every column that is looked at
+    predictions = _predictions(table.attrs.pop("predictions"), table, splits.class_names)
     columns = None if table.attrs["histories"] else ["model", "fold", "epoch"]
     histories = pd.DataFrame(table.attrs["histories"], columns=columns)
     with replacing(folder / "table.csv") as path:
@@ -176,10 +192,52 @@ def _write_results(
         table.assign(traceback=tracebacks).to_csv(path, index=False)
     with replacing(folder / "histories.csv") as path:
         histories.to_csv(path, index=False)
-    tell(f"wrote table.csv and histories.csv to {folder}")
+    with replacing(folder / "predictions.csv") as path:
+        predictions.to_csv(path, index=False, float_format="%.6g")
+    with replacing(folder / "gallery.npz") as path:
+        part, rows, images = _gallery(predictions, splits)
+        np.savez_compressed(path, part=np.array(part), rows=rows, images=images)
+    write_provenance(arguments, "comparison", title, splits)
+    names = "table.csv, histories.csv, predictions.csv, gallery.npz and provenance.json"
+    tell(f"wrote {names} to {folder}")
     why_none = "no model recorded its epochs" if histories.empty else None
     draw = partial(_draw_learning_curves, histories, table, title)
     write_learning_curves(folder, draw, tell, why_none=why_none)
+
+
+def _predictions(
+    predictions: dict[str, Any], table: pd.DataFrame, class_names: list[str]
+) -> pd.DataFrame:
+    """All models', the best first, with names of classes in place of codes."""
+    frames = [pd.DataFrame(columns=PREDICTION_COLUMNS)]
+    for model in table["model"]:
+        if model in predictions:
+            frame = pd.DataFrame(predictions[model]).assign(model=model)
+            for column in "actual", "predicted":
+                frame[column] = [class_names[code] for code in frame[column]]
+            frames.append(frame.astype({"confidence": float})[PREDICTION_COLUMNS])
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def _gallery(
+    predictions: pd.DataFrame, splits: Splits
+) -> tuple[str, NDArray[np.int64], NDArray[np.uint8]]:
+    """The part, rows (k,) and images (k, h, w[, 3]) of each model's surest errors and successes."""
+    rows: set[int] = set()
+    for _, of_model in predictions.groupby("model"):
+        # without confidence, the first come first
+        surest = of_model.sort_values("confidence", ascending=False, kind="stable")
+        right = surest["actual"] == surest["predicted"]
+        rows |= {*surest[~right]["row"].head(N_WRONG), *surest[right]["row"].head(N_RIGHT)}
+    part, images = "test", splits.held_out
+    if images is None:
+        part, images = "left out", splits.train
+    chosen = np.array(sorted(rows), dtype=np.int64)
+    pixels = images.X[chosen].reshape(-1, *splits.image_shape)
+    if len(splits.image_shape) == 2:
+        # grey, of which scikit-learn's digits have 17 levels
+        pixels = np.rint(pixels * (255 / max(images.X.max(), 1))).astype(np.uint8)
+    return part, chosen, pixels
 
 
 def _draw_learning_curves(histories: pd.DataFrame, table: pd.DataFrame, title: str) -> Figure:
@@ -188,7 +246,9 @@ def _draw_learning_curves(histories: pd.DataFrame, table: pd.DataFrame, title: s
 
     models = [model for model in table["model"] if model in set(histories["model"])]
     figure = Figure(figsize=(1.5 + 2.9 * len(models), 6), layout="constrained")
-    figure.suptitle(f"{title}\nmean over folds, shaded from lowest to highest")
+    # a folder's name is no formula, whatever it holds
+    subtitle = "mean over folds, shaded from lowest to highest"
+    figure.suptitle(f"{title}\n{subtitle}", parse_math=False)
     axes = figure.subplots(2, len(models), squeeze=False, sharex="col", sharey="row")
     axes[0, 0].set_ylabel("loss (nats)")
     axes[1, 0].set_ylabel("accuracy (share of images)")

@@ -21,8 +21,10 @@ from sklearn.model_selection import ParameterGrid, StratifiedKFold, StratifiedSh
 
 from skcifar._base import TorchEstimator
 from skcifar._command_line import (
+    DATA,
     MODELS,
     Images,
+    Splits,
     UsageError,
     add_data_options,
     announce,
@@ -32,6 +34,7 @@ from skcifar._command_line import (
     configured,
     integer_from,
     read_splits,
+    write_provenance,
 )
 from skcifar._grid_argument import Grid, check_values, parse_grid, with_full_names
 from skcifar._sweep_results import format_table, partial_table, results_table, write_results
@@ -45,9 +48,9 @@ REDRAW_SECONDS = 0.1  # between two where one takes the place of the other
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Cross-validate all settings of a grid, the fits of one architecture trained as one "
-        "program, and print the best. For mnist and cifar10 the official training split is "
-        "cross-validated; then the best setting is fitted to all of it and scored on the "
-        "official test split."
+        "program, and print the best. Where there is a test split (of mnist, cifar10 and folders "
+        "with train and test) the training split is cross-validated; then the best setting is "
+        "fitted to all of it and scored on the test split."
     )
     parser.epilog = (
         'example: skcifar sweep --data mnist --model mlp --grid "learning_rate_init=0.01,0.001 '
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # quoted or not
     add("--grid", required=True, metavar="NAME=A,B", help=_GRID_HELP, **several)
     add("--set", metavar="NAME=A", help="parameters that all candidates share", **several)
-    add("--classes", metavar="A,B,...", help="only images of these classes, by code or name")
+    add("--classes", metavar="A,B,...", help=_CLASSES_HELP)
     add("--cv", type=_folds, default=3, metavar="K", help=_CV_HELP)
     add("--repeats", type=integer_from(1), default=1, metavar="R", help="seeds per candidate")
     add("--halving", action="store_true", help=_HALVING_HELP)
@@ -76,12 +79,15 @@ _GRID_HELP = (
     "read as in Python, other values as text"
 )
 _CV_HELP = "stratified folds, or below 1 the share that one stratified split holds out; default: 3"
+_CLASSES_HELP = "only images of these classes, by code or name; of a folder by name"
 _HALVING_HELP = (
     "successive halving: a third of the candidates goes on after each round, with three times the "
     "epochs, up to max_iter; survivors are not trained anew"
 )
 _JOURNAL_HELP = "keep finished fits in FILE; the same command goes on from there"
-_OUTPUT_HELP = "write table.csv, epochs.csv and, with matplotlib, learning_curves.png to DIR"
+_OUTPUT_HELP = (
+    "write table.csv, epochs.csv, provenance.json and, with matplotlib, learning_curves.png to DIR"
+)
 
 
 def _folds(text: str) -> int | float:
@@ -107,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"argument --journal: there is no folder {arguments.journal.parent}")
 
     tell(f"reading {arguments.data}")
-    train, held_out = read_splits(arguments, _classes(arguments.classes))
+    splits = read_splits(arguments, _classes(arguments.classes))
+    train = splits.train
     search = _search(arguments, estimator, grid, train.y)
     if arguments.dry_run:
         print("\n".join(_described(search.plan(*train))))
@@ -115,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         for line in _described(search.plan(*train)):
             announce(line)
-    title = _title(arguments, train, len(ParameterGrid(grid)))
+    title = _title(arguments, splits, len(ParameterGrid(grid)))
     watch = _Watch(search, None if arguments.quiet else sys.stderr)
     try:
         with watch.during():
@@ -135,13 +142,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         try:
             write_results(table, search.epoch_results_, arguments.output, title, tell)
+            parameters = table.attrs["parameters"]
+            write_provenance(arguments, "sweep", title, splits, parameters=parameters)
         except OSError as error:
             raise UsageError(f"cannot write the results: {error}") from error
     if table["score_mean"].isna().all():
         return 1
-    if held_out is not None:
+    if splits.held_out is not None:
         tell(f"fitting the best to all {len(train.y):,} training images")
-        print(f"\n{_on_test_split(search, train, held_out)}")
+        print(f"\n{_on_test_split(search, splits, splits.held_out)}")
     return 0
 
 
@@ -229,11 +238,12 @@ def _splitter(
     return cv
 
 
-def _title(arguments: argparse.Namespace, train: Images, n_candidates: int) -> str:
+def _title(arguments: argparse.Namespace, data: Splits, n_candidates: int) -> str:
+    train = data.train
     splits = f"{arguments.cv} folds" if arguments.cv > 1 else f"{arguments.cv:.0%} held out"
     repeats = f", {arguments.repeats} seeds from {arguments.seed}"
     return (
-        f"{arguments.data}: {len(train.y):,} images of {len(np.unique(train.y))} classes, {splits}"
+        f"{data.name}: {len(train.y):,} images of {len(np.unique(train.y))} classes, {splits}"
         f"{repeats if arguments.repeats > 1 else f', seed {arguments.seed}'}; "
         f"{arguments.model}, {n_candidates:,} candidate{'s' if n_candidates > 1 else ''}"
     )
@@ -399,16 +409,18 @@ def _how_to_go_on(arguments: argparse.Namespace) -> str:
     return f"the same command goes on from there, which {arguments.journal} keeps"
 
 
-def _on_test_split(search: Any, train: Images, held_out: Images) -> str:
+def _on_test_split(search: Any, splits: Splits, held_out: Images) -> str:
     """The accuracies of the best candidate, fitted to all training rows."""
-    name = f"official test split, {len(held_out.y):,} images"
+    official = "official test split" if splits.name in DATA else "test split"
+    name = f"{official}, {len(held_out.y):,} images"
     best = clone(search.estimator).set_params(**search.best_params_)
     try:
-        best.fit(*train)
+        best.fit(*splits.train)
     except ValueError as error:
         return f"{name}: the best failed when fitted to all training images: {error}"
     right = best.predict(held_out.X) == held_out.y
     by_class = pd.Series(right).groupby(held_out.y).mean()
+    by_class.index = [splits.class_names[code] for code in by_class.index]
     return (
         f"{name}: accuracy {right.mean():.4f}; best class {by_class.idxmax()} with "
         f"{by_class.max():.4f}, worst class {by_class.idxmin()} with {by_class.min():.4f}"

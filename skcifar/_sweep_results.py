@@ -219,7 +219,9 @@ def draw_learning_curves(table: pd.DataFrame, epochs: pd.DataFrame, title: str) 
         k: name for k, name in curves.items() if name in epochs and epochs[name].notna().any()
     }
     figure = Figure(figsize=(1 + 5 * len(curves), 5), layout="constrained")
-    figure.suptitle(f"{title}\nmeans over folds, {len(drawn)} of {len(trained)} candidates")
+    # a folder's name is no formula, whatever it holds
+    subtitle = f"means over folds, {len(drawn)} of {len(trained)} candidates"
+    figure.suptitle(f"{title}\n{subtitle}", parse_math=False)
     # a network before the last (an embedding, say) has a loss of another kind
     fits = epochs.groupby(["candidate", "fold", "repeat"])["fit"].transform("max")
     means = epochs[epochs["fit"] == fits].groupby(["candidate", "epoch"]).mean(numeric_only=True)

@@ -1,8 +1,8 @@
-"""CIFAR-10, MNIST and scikit-learn's digits as rows of whole-valued pixels.
+"""CIFAR-10, MNIST, scikit-learn's digits and folders of images as rows of whole-valued pixels.
 
-Each loader returns the pixels as uint8 and the classes as the integer codes of the data's own
-files. Data laid out below scikit-learn's data home is read where it lies; what is missing is
-downloaded there and checked against a SHA-256.
+Each loader returns the pixels as uint8 and the classes as integer codes, those of the data's own
+files where they have any. CIFAR-10 and MNIST are read where they lie below scikit-learn's data
+home; what is missing is downloaded there and checked against a SHA-256.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from sklearn import datasets as sklearn_datasets
 from sklearn.datasets import fetch_file, get_data_home
 from sklearn.utils import Bunch
 
-__all__ = ["fetch_cifar10", "fetch_mnist", "load_digits"]
+from skcifar import _image_folder
+
+__all__ = ["fetch_cifar10", "fetch_mnist", "load_digits", "load_image_folder"]
 
 Pixels = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int64]
@@ -313,6 +315,136 @@ def load_digits(
     chosen = np.isin(digits.target, kept)
     X, y = digits.images[chosen].astype(np.uint8), digits.target[chosen].astype(np.int64)
     return _as_asked(X, y, _DIGIT_NAMES, [], digits.DESCR, as_images, return_X_y)
+
+
+def load_image_folder(
+    folder: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    subset: Subset = "train",
+    classes: Iterable[int | str] | None = None,
+    grey: bool | None = None,
+    as_images: bool = False,
+    return_X_y: bool = False,
+    verbose: bool = False,
+) -> Loaded:
+    """Load one's own images: a folder of image files for each class.
+
+    The folder has a subfolder for each class (`pets/cat/1.png`), or two subfolders `train` and
+    `test` which have these (`pets/train/cat/1.png`). Files may be AVIF, BMP, GIF (its first
+    picture), JPEG, JPEG 2000, PNG, PBM to PPM, TIFF or WebP, of any size and colour mode, at any
+    depth below their class. They are turned as their EXIF data say, transparent ones laid on
+    white. Files that cannot be read are left out, with a warning. Pillow is needed: `pip install
+    'skcifar[images]'`.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        The folder.
+    image_size : int or (int, int), default=None
+        Height and width in pixels; an integer is both. Each image is resized, keeping its
+        proportions, until it just covers that size, and what juts out on two sides is cut off
+        evenly. None keeps the size that all images must then have.
+    subset : {"train", "test", "all"}, default="train"
+        What is in `train`, in `test`, or both in this order. Without such folders all images are
+        training images.
+    classes : iterable of int or str, default=None
+        The classes to keep, by code or by name; all by default. The images keep their order and
+        their codes.
+    grey : bool, default=None
+        Whether images become grey (True) or RGB (False). None makes them RGB unless all image
+        files of the folder are grey.
+    as_images : bool, default=False
+        Whether `data` has the shape (n_samples, height, width, 3), or (n_samples, height, width)
+        for grey images, instead of (n_samples, height * width * n_channels).
+    return_X_y : bool, default=False
+        Whether to return `(data, target)` instead of a Bunch.
+    verbose : bool, default=False
+        Whether to tell on standard error how many images have been read.
+
+    Returns
+    -------
+    images : :class:`~sklearn.utils.Bunch` or tuple (data, target)
+        With these attributes.
+
+        data : ndarray of uint8, shape (n_samples, height * width * n_channels)
+            One image a row: height, width, then red, green and blue (HWC), or one grey channel.
+            The order is that of the sorted names of classes, then of files.
+        images : ndarray of uint8, shape (n_samples, height, width[, 3])
+            The same memory as images.
+        target : ndarray of int64, shape (n_samples,)
+            The classes, as codes.
+        target_names : ndarray of str, shape (n_classes,)
+            The names of the classes in `train` and `test`, sorted; `target` indexes them.
+        filenames : list of str
+            The file of each image.
+        unreadable : list of (str, str)
+            The files that were left out, each with the reason.
+        n_skipped : int
+            How many entries are no image files by their name or kind, hidden, or outside the
+            classes.
+        subsets : list of str
+            Those that the folder has: "train", and "test" where there is such a folder.
+        DESCR : str
+            A description of the data.
+
+    Raises
+    ------
+    ValueError
+        If `subset`, `classes` or `image_size` is not as described, there are fewer than two
+        classes, no file can be read, or `image_size` is None and sizes differ.
+    OSError
+        If there is no such folder.
+    ImportError
+        If Pillow is not installed.
+
+    Warns
+    -----
+    UserWarning
+        With the number of files that cannot be read and the first few of them, and with the
+        folders of classes that hold no image. Files of more pixels than Pillow deems safe
+        (`PIL.Image.MAX_IMAGE_PIXELS`) are not read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from PIL import Image
+    >>> from skcifar.datasets import load_image_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name, colour in [("sea", "navy"), ("sky", "skyblue")]:
+    ...         Path(folder, name).mkdir()
+    ...         Image.new("RGB", (60, 40), colour).save(Path(folder, name, "1.png"))
+    ...     X, y = load_image_folder(folder, image_size=32, return_X_y=True)
+    >>> X.shape, y.tolist()
+    ((2, 3072), [0, 1])
+    """
+    parts, size = _parts_of(subset), _image_folder.checked_size(image_size)
+    found = _image_folder.look_over(Path(folder))
+    subsets = [part for part in ("train", "test") if any(f.part == part for f in found.files)]
+    kept = _class_codes(classes, found.class_names)
+    files = found.of(parts, [found.class_names[code] for code in kept])
+    if not files:
+        raise ValueError(
+            f"{folder} holds no image of the classes asked for with subset={subset!r}; it has "
+            f"the subsets {subsets}."
+        )
+    if grey is None:
+        grey = all(file.is_grey for file in found.files)
+    X, read, failed = _image_folder.decode(files, size, grey, verbose)
+    unreadable = [(path, why) for part, path, why in found.unreadable if part in parts] + failed
+    if not read:
+        named = _image_folder.named(found, unreadable)
+        raise ValueError(f"none of the images in {folder} can be read: {named}")
+    _image_folder.warn_of(found, len(read), unreadable)
+    code_of = {name: code for code, name in enumerate(found.class_names)}
+    y = np.array([code_of[file.class_name] for file in read], dtype=np.int64)
+    paths, description = [file.path for file in read], _image_folder.describe(found, X)
+    loaded = _as_asked(X, y, found.class_names, paths, description, as_images, return_X_y)
+    if isinstance(loaded, Bunch):
+        loaded.unreadable = [(str(path), why) for path, why in unreadable]
+        loaded.n_skipped, loaded.subsets = found.n_skipped, subsets
+    return loaded
 
 
 def _parts_of(subset: str) -> list[str]:

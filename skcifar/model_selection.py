@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import t as student_t
-from sklearn import config_context
 from sklearn.base import BaseEstimator, clone
 from sklearn.metrics import check_scoring, get_scorer
 from sklearn.model_selection import BaseCrossValidator, check_cv, cross_validate
-from sklearn.pipeline import Pipeline
-from sklearn.utils import check_consistent_length
+from sklearn.utils import _safe_indexing, check_consistent_length
 
+from skcifar._fitted import describe, epoch_records, fitted_model
 from skcifar._search import (
     BatchedGridSearchCV,
     BatchedHalvingSearchCV,
@@ -127,6 +126,15 @@ def compare(
         ``pandas.DataFrame(table.attrs["histories"])`` plots. ``table.attrs["tracebacks"]`` maps
         each failed model to its traceback.
 
+        ``table.attrs["predictions"]`` maps each model that was fitted to what it predicts, as
+        columns of ``pandas.DataFrame(table.attrs["predictions"][name])``: ``part`` is "test" for
+        rows of `X_test`, predicted by the model fitted on all of `X`; without `X_test` it is
+        "left out", for rows of `X`, predicted by the models of the folds that leave them out,
+        fold after fold. ``row`` counts the rows of that part from 0, ``actual`` and
+        ``predicted`` are labels, ``confidence`` is the probability of the predicted one, None
+        where the model gives no probabilities. Apart from ``part``, which is one text, they are
+        lists of Python's own values.
+
     Raises
     ------
     TypeError
@@ -190,6 +198,7 @@ def compare(
     table.attrs = {
         "histories": [record for study in studies for record in study.history],
         "tracebacks": {s.name: s.traceback for s in studies if s.traceback is not None},
+        "predictions": {s.name: s.predictions for s in studies if s.predictions is not None},
     }
     return table
 
@@ -240,6 +249,7 @@ class _Study:
         self.row: dict[str, Any] = {"model": name}
         self.history: list[dict[str, Any]] = []
         self.traceback: str | None = None
+        self.predictions: dict[str, Any] | None = None
 
     def run(self, protocol: _Protocol) -> None:
         def announce(level: int, text: str) -> None:
@@ -248,7 +258,7 @@ class _Study:
 
         start = time.perf_counter()
         try:
-            self.row["parameters"] = _describe(self.estimator)
+            self.row["parameters"] = describe(self.estimator)
             self._cross_validate(protocol, announce=partial(announce, 2))
             if protocol.X_test is not None:
                 announce(2, "fit on all training rows")
@@ -282,7 +292,7 @@ class _Study:
             "fit_seconds": results["fit_time"].mean(),
             "predict_seconds": results["score_time"].mean(),
         }
-        fitted = [_fitted_model(estimator) for estimator in results["estimator"]]
+        fitted = [fitted_model(estimator) for estimator in results["estimator"]]
         # scikit-learn has a number, or an array with one for each class.
         epochs = [np.max(m.n_iter_) for m in fitted if getattr(m, "n_iter_", None) is not None]
         if len(epochs) == len(fitted):
@@ -290,13 +300,49 @@ class _Study:
         for fold, model in enumerate(fitted):
             self.history += [
                 {"model": self.name, "fold": fold, "epoch": epoch, **record}
-                for epoch, record in enumerate(_epoch_records(model), start=1)
+                for epoch, record in enumerate(epoch_records(model), start=1)
             ]
+        if protocol.X_test is None:
+            self._predict("left out", results["estimator"], protocol.X, protocol.y, protocol.splits)
 
     def _score_held_out(self, protocol: _Protocol) -> None:
         fitted = clone(self.estimator).fit(protocol.X, protocol.y)
         scorer = check_scoring(fitted, scoring=protocol.scoring)
         self.row["test_score"] = scorer(fitted, protocol.X_test, protocol.y_test)
+        every_row = np.arange(len(np.asarray(protocol.y_test)))
+        self._predict("test", [fitted], protocol.X_test, protocol.y_test, [(every_row, every_row)])
+
+    def _predict(self, part: str, fitted: list[Any], X: Any, y: Any, splits: list[Split]) -> None:
+        """Keep what each model says of the rows that its split scores."""
+        if not hasattr(fitted[0], "predict"):  # a scorer may want something else
+            return
+        rows = [np.arange(len(np.asarray(y)))[scored] for _, scored in splits]  # of masks, too
+        said = [
+            _predictions(model, _safe_indexing(X, scored))
+            for model, scored in zip(fitted, rows, strict=True)
+        ]
+        row = np.concatenate(rows)
+        self.predictions = {
+            "part": part,
+            "row": row.tolist(),
+            "actual": np.asarray(y)[row].tolist(),
+            "predicted": [one for labels, _ in said for one in labels],
+            "confidence": [one for _, confidences in said for one in confidences],
+        }
+
+
+def _predictions(model: Any, X: Any) -> tuple[list[Any], list[float | None]]:
+    """Labels, and the probability of each; those of a model without probabilities are None."""
+    labels = np.asarray(model.predict(X))
+    unknown: list[float | None] = [None] * len(labels)
+    if not (hasattr(model, "predict_proba") and hasattr(model, "classes_")):
+        return labels.tolist(), unknown
+    probabilities, classes = model.predict_proba(X), np.asarray(model.classes_)
+    if np.ndim(probabilities) != 2 or labels.ndim != 1:  # several outputs
+        return labels.tolist(), unknown
+    # not the largest of each row: a tuned threshold may predict another class
+    columns = np.searchsorted(classes, labels)  # scikit-learn's classes_ are sorted
+    return labels.tolist(), np.asarray(probabilities)[np.arange(len(labels)), columns].tolist()
 
 
 class _AnnouncedSplits:
@@ -313,40 +359,6 @@ class _AnnouncedSplits:
         for fold, split in enumerate(self.splits, start=1):
             self.announce(f"fold {fold} of {len(self.splits)}")
             yield split
-
-
-def _describe(estimator: BaseEstimator) -> str:
-    """Write an estimator with the parameters that differ from its defaults, on one line."""
-    if isinstance(estimator, Pipeline):
-        return " | ".join(_describe(step) for _, step in estimator.steps)
-    with config_context(print_changed_only=True):
-        return " ".join(repr(estimator).split())
-
-
-def _fitted_model(estimator: Any) -> Any:
-    """Reach through Pipelines and searches to the fitted model that has the history.
-
-    Of a Pipeline that is its last step with a history, or, where none has one, its last step.
-    """
-    if isinstance(estimator, Pipeline):
-        models = [_fitted_model(step) for _, step in reversed(estimator.steps)]
-        return next((model for model in models if _has_history(model)), models[0])
-    if hasattr(estimator, "best_estimator_"):
-        return _fitted_model(estimator.best_estimator_)
-    return estimator
-
-
-def _has_history(model: Any) -> bool:
-    return hasattr(model, "history_") or hasattr(model, "loss_curve_")
-
-
-def _epoch_records(model: Any) -> list[dict[str, Any]]:
-    history = getattr(model, "history_", None)
-    if history is None:
-        history = {"train_loss": getattr(model, "loss_curve_", [])}
-    records = pd.DataFrame(history).to_dict("records")
-    # skorch keeps its batches inside each epoch's row: they are no column of a table.
-    return [{str(k): v for k, v in record.items() if np.isscalar(v)} for record in records]
 
 
 def _add_differences(table: pd.DataFrame, fold_columns: list[str], test_to_train: float) -> None:

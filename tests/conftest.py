@@ -10,6 +10,7 @@ import sklearn
 import torch
 from sklearn.datasets import get_data_home
 from sklearn.dummy import DummyClassifier
+from sklearn.utils import Bunch
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +103,7 @@ def models():
 
 @pytest.fixture
 def small_mnist(monkeypatch):
-    """Instead of MNIST, 100 training and 30 test rows of 4 pixels, of three classes.
+    """Instead of MNIST, 100 training and 30 test images of 2 x 2 pixels, of three classes.
 
     Gives the list of what was asked for: (data_home, subset).
     """
@@ -110,16 +111,36 @@ def small_mnist(monkeypatch):
 
     asked = []
 
-    def fetch(*, data_home, subset, classes=None, return_X_y, verbose):
+    def fetch(*, data_home, subset, classes=None, return_X_y=False, verbose):
         asked.append((data_home, subset))
         rng = np.random.default_rng(0)
         y = np.repeat([0, 1, 2], [17, 33, 50] if subset == "train" else [10, 10, 10])
         X = rng.integers(0, 256, (len(y), 4)).astype(np.uint8)
         kept = np.isin(y, range(3) if classes is None else classes)
-        return X[kept], y[kept]
+        if return_X_y:
+            return X[kept], y[kept]
+        images = X[kept].reshape(-1, 2, 2)
+        names = np.array(["zero", "one", "two"])
+        return Bunch(data=X[kept], images=images, target=y[kept], target_names=names)
 
     monkeypatch.setitem(FETCHERS, "mnist", fetch)
     return asked
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder "pets" of 18 training and 9 test images, classes "7", "cat" and "dog" alternating.
+
+    Image i of a part is red of value 10 i; sizes differ.
+    """
+    Image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "pets"
+    for part, n_images in ("train", 18), ("test", 9):
+        for i in range(n_images):
+            place = folder / part / ["7", "cat", "dog"][i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20 + i, 30), (10 * i, 0, 0)).save(place / f"{i:02}.png")
+    return folder
 
 
 @pytest.fixture

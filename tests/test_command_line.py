@@ -7,7 +7,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from skcifar import PretrainedFeatures, _compare_command
 from skcifar.__main__ import main
-from skcifar._command_line import FETCHERS, MODELS, replacing
+from skcifar._command_line import FETCHERS, MODELS, read, replacing
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,71 @@ def test__n_train__takes_a_seeded_stratified_subset(small_mnist, monkeypatch):
     whole = {(*x, label) for x, label in zip(whole_X, whole_y, strict=True)}
     subset = {(*x, label) for x, label in zip(X, y, strict=True)}
     assert len(subset) == 60 and subset < whole
+
+
+def test__read__gives_rows_and_codes_of_a_subset(small_mnist):
+    X, y = read("mnist", "home", "test", [0, 2], verbose=False)
+    assert X.shape == (20, 4) and sorted(set(y)) == [0, 2] and small_mnist == [("home", "test")]
+
+
+def recorded_rows(monkeypatch, *options):
+    """What `compare` of skcifar.model_selection is called with: rows, classes, test rows."""
+    calls = []
+
+    def compare(estimators, X, y, *, X_test, y_test, **arguments):
+        calls.append((list(estimators), X, y, X_test, y_test))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_compare_command, "compare", compare)
+    assert main(["compare", *map(str, options)]) == 130
+    return calls[0]
+
+
+def test__folder__is_read_as_squares_with_its_test_split(image_folder, monkeypatch):
+    names, X, y, X_test, y_test = recorded_rows(monkeypatch, "--data", image_folder)
+    assert names == ["softmax", "mlp", "cnn", "triplet", "dummy"]
+    assert X.shape == (18, 32 * 32 * 3) and X_test.shape == (9, 32 * 32 * 3)
+    assert y.tolist() == [0] * 6 + [1] * 6 + [2] * 6 and y_test.tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]
+    # class cat has the images 1, 4, 7, ... of its part
+    assert X[6:12, 0].tolist() == [10 * i for i in range(1, 18, 3)]
+    options = ["--image-size", 8, "--n-train", 9, "--cv", 3, "--models", "dummy"]
+    _, X, _, X_test, _ = recorded_rows(monkeypatch, "--data", image_folder / "train", *options)
+    assert X.shape == (9, 192) and X_test is None
+
+
+def test__bad_file_in_a_folder__is_a_warning_of_one_line(
+    image_folder, monkeypatch, capsys, recwarn
+):
+    (image_folder / "train" / "cat" / "bad.png").write_text("no image")
+    _, X, *_ = recorded_rows(monkeypatch, "--data", image_folder)
+    (line,) = [t for t in capsys.readouterr().err.splitlines() if "warning" in t]
+    assert line.startswith("skcifar: warning: UserWarning: 1 of 19 image files in ")
+    assert len(X) == 18
+
+
+def test__folder_that_cannot_be_used__is_one_line(tmp_path, error_line, image_folder):
+    line = error_line("compare", "--data", str(tmp_path / "nowhere"))
+    assert "choose from digits, mnist, cifar10" in line and "no such folder" in line
+    (tmp_path / "empty").mkdir()
+    line = error_line("compare", "--data", str(tmp_path / "empty"))
+    assert "cannot read the folder" in line and "holds no image" in line
+    assert "no such folder" in error_line("sweep", "--grid", "alpha=0", "--data", "")
+    line = error_line("compare", "--image-size", "32")
+    assert "argument --image-size: it is for folders; those of digits have a size" in line
+    line = error_line("compare", "--data", str(image_folder), "--image-size", "4")
+    assert "4 is out of range: give at least 8" in line
+    line = error_line("sweep", "--grid", "alpha=0", "--data", str(image_folder), "--classes", "0,1")
+    assert "names ['0', '1'], which do not exist" in line and "7, cat, dog" in line
 
 
 def test__interrupted_write__leaves_the_old_file_alone(tmp_path):

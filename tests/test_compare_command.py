@@ -1,15 +1,23 @@
 """The comparison, as a user meets it: table, files and picture."""
 
 import builtins
+import json
+import shlex
+import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.model_selection import cross_val_predict
+from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
 from skcifar import _compare_command
 from skcifar.__main__ import main
+from skcifar._provenance import data_provenance, machine, variant_of, versions
+from skcifar.datasets import load_digits
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -82,8 +90,11 @@ def test__output__holds_table_histories_and_picture(models, tmp_path, capsys):
     arguments = ["--models", "bad,recorded,dummy", "--cv", "2", "--output", str(folder)]
     assert main(["compare", *arguments]) == 0
     assert sorted(path.name for path in folder.iterdir()) == [
+        "gallery.npz",
         "histories.csv",
         "learning_curves.png",
+        "predictions.csv",
+        "provenance.json",
         "table.csv",
     ]
     table = pd.read_csv(folder / "table.csv")
@@ -95,6 +106,137 @@ def test__output__holds_table_histories_and_picture(models, tmp_path, capsys):
     assert histories[["fold", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
     assert (folder / "learning_curves.png").read_bytes().startswith(PNG)
     assert f"skcifar: wrote learning_curves.png to {folder}" in capsys.readouterr().err
+
+
+def test__predictions_and_gallery__are_those_of_scikit_learn(tmp_path, models):
+    models["tree"] = lambda device: DecisionTreeClassifier(max_depth=4, random_state=0)
+    models["svm"] = lambda device: LinearSVC(random_state=0)
+    names = "bad,tree,svm"
+    assert (
+        main(["compare", "--models", names, "--cv", "3", "--output", str(tmp_path), "--quiet"]) == 0
+    )
+    predictions = pd.read_csv(tmp_path / "predictions.csv", dtype={"predicted": str, "actual": str})
+    assert list(predictions) == ["model", "part", "row", "actual", "predicted", "confidence"]
+    assert set(predictions["part"]) == {"left out"} and len(predictions) == 2 * 1797
+    assert predictions["confidence"].isna().tolist() == (predictions["model"] == "svm").tolist()
+
+    X, y = load_digits(return_X_y=True)
+    tree = DecisionTreeClassifier(max_depth=4, random_state=0)
+    probabilities = cross_val_predict(tree, X, y, cv=3, method="predict_proba")
+    of_tree = predictions[predictions["model"] == "tree"].set_index("row").sort_index()
+    assert of_tree["actual"].tolist() == [str(code) for code in y]
+    assert of_tree["predicted"].tolist() == [str(code) for code in probabilities.argmax(axis=1)]
+    np.testing.assert_allclose(of_tree["confidence"], probabilities.max(axis=1), rtol=1e-5)
+
+    with np.load(tmp_path / "gallery.npz", allow_pickle=False) as gallery:
+        part, rows, images = (gallery[name] for name in ("part", "rows", "images"))
+    assert part[()] == "left out" and rows.dtype == np.int64 and images.dtype == np.uint8
+    kept = set(rows)
+    assert rows.tolist() == sorted(kept) and 16 <= len(kept) <= 32
+    right = of_tree["predicted"] == of_tree["actual"]
+    for chosen, n in (right, 4), (~right, 12):
+        confidences = of_tree["confidence"][chosen]
+        threshold = sorted(confidences, reverse=True)[n - 1]
+        assert {*confidences.index[confidences > threshold]} <= kept
+        assert len(kept & {*confidences.index[confidences >= threshold]}) >= n
+    stretched = np.rint(X[rows].reshape(-1, 8, 8) * (255 / 16))
+    np.testing.assert_array_equal(images, stretched)
+
+
+def test__predictions_of_a_test_split__have_names_of_classes(small_mnist, tmp_path):
+    arguments = ["--data", "mnist", "--models", "dummy", "--output", str(tmp_path), "--quiet"]
+    assert main(["compare", *arguments]) == 0
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert predictions["row"].tolist() == list(range(30)) and set(predictions["part"]) == {"test"}
+    assert predictions["actual"].tolist() == ["zero"] * 10 + ["one"] * 10 + ["two"] * 10
+    assert set(predictions["predicted"]) == {"two"}
+    with np.load(tmp_path / "gallery.npz") as gallery:
+        assert gallery["part"][()] == "test"
+        # all as sure as the others: the first twelve wrong ones and the first four right ones
+        assert gallery["rows"].tolist() == [*range(12), *range(20, 24)]
+        assert gallery["images"].shape == (16, 2, 2)
+
+
+def test__gallery_of_a_folder__has_its_colours(image_folder, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--data", image_folder, "--models", "dummy", "--cv", "2", "--output", output]
+    assert main(["compare", *map(str, arguments), "--quiet"]) == 0
+    predictions = pd.read_csv(output / "predictions.csv")
+    assert predictions["actual"].tolist() == ["7"] * 3 + ["cat"] * 3 + ["dog"] * 3
+    with np.load(output / "gallery.npz") as gallery:
+        assert gallery["images"].shape == (9, 32, 32, 3)
+        order = [0, 30, 60, 10, 40, 70, 20, 50, 80]
+        assert gallery["images"][:, 5, 5].tolist() == [[red, 0, 0] for red in order]
+    provenance = json.loads((output / "provenance.json").read_text())
+    assert provenance["data"] | {"sha256": None} == {
+        "name": "folder pets",
+        "variant": f"folder {image_folder}",
+        "sha256": None,
+        "n_train": 18,
+        "n_test": 9,
+        "image_shape": [32, 32, 3],
+        "class_names": ["7", "cat", "dog"],
+    }
+
+
+def test__provenance__has_command_title_seed_data_machine_and_versions(tmp_path, monkeypatch):
+    arguments = [
+        "compare",
+        "--models",
+        "dummy",
+        "--seed",
+        "3",
+        "--output",
+        str(tmp_path),
+        "--quiet",
+    ]
+    monkeypatch.setattr(sys, "argv", ["skcifar", *arguments])
+    assert main() == 0
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert shlex.split(provenance["command"]) == ["python", "-m", "skcifar", *arguments]
+    assert provenance["kind"] == "comparison" and provenance["seed"] == 3
+    assert provenance["title"] == "digits: 1,797 images of 10 classes, 5 folds, seed 3"
+    X, y = load_digits(return_X_y=True)
+    expected = data_provenance("digits", X, y, class_names=range(10))
+    assert provenance["data"] == expected and expected["variant"] == "as published"
+    assert set(provenance["machine"]) == set(machine())
+    assert provenance["versions"] == versions()
+    assert datetime.fromisoformat(provenance["date"])
+
+
+def test__variant_of_real_cifar10__is_of_all_images_not_of_a_small_subset(cifar10, tmp_path):
+    arguments = [
+        "--data",
+        "cifar10",
+        "--n-train",
+        "20",
+        "--cv",
+        "2",
+        "--models",
+        "dummy",
+        "--quiet",
+    ]
+    assert main(["compare", *arguments, "--output", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "provenance.json").read_text())["data"]
+    assert data["variant"] == variant_of(*cifar10) and data["n_train"] == 20
+    assert data["class_names"][3] == "cat" and data["image_shape"] == [32, 32, 3]
+
+
+def test__all_models_failing__leaves_empty_predictions(models, tmp_path):
+    assert main(["compare", "--models", "bad", "--output", str(tmp_path), "--quiet"]) == 1
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 0
+    with np.load(tmp_path / "gallery.npz") as gallery:
+        assert gallery["images"].shape == (0, 8, 8) and gallery["rows"].shape == (0,)
+
+
+def test__title_with_dollar_signs__is_drawn_as_it_is():
+    pytest.importorskip("matplotlib")
+    histories = pd.DataFrame({"model": ["a"], "fold": [0], "epoch": [1], "train_loss": [4.0]})
+    table = pd.DataFrame({"model": ["a"], "cv_mean": [0.7]})
+    title = r"folder $\frac{$"
+    figure = _compare_command._draw_learning_curves(histories, table, title)
+    figure.canvas.draw()  # a formula that is none would raise
+    assert figure.get_suptitle().splitlines()[0] == title
 
 
 def test__output_without_matplotlib__says_how_to_get_the_picture(
@@ -109,7 +251,8 @@ def test__output_without_matplotlib__says_how_to_get_the_picture(
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     assert main(["compare", "--models", "recorded", "--output", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["histories.csv", "table.csv"]
+    assert (tmp_path / "table.csv").exists()
+    assert not (tmp_path / "learning_curves.png").exists()
     assert "pip install 'skcifar[plot]'" in capsys.readouterr().err
 
 

@@ -14,9 +14,11 @@ from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.model_selection import (
+    FixedThresholdClassifier,
     GridSearchCV,
     ShuffleSplit,
     StratifiedKFold,
+    cross_val_predict,
     cross_val_score,
     cross_validate,
 )
@@ -402,3 +404,78 @@ def test__verbose__tells_on_stderr(verbose, expected, capsys):
     lines = err.splitlines()
     assert len(lines) == len(expected)
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
+
+
+# -- predictions -----------------------------------------------------------------------------------
+
+
+def test__predictions__of_left_out_rows_equal_cross_val_predict():
+    names = np.array(["setosa", "versicolor", "virginica"])[Y]
+    splits = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, names))
+    table = compare({"bayes": GaussianNB()}, X, names, cv=splits)
+    predictions = pd.DataFrame(table.attrs["predictions"]["bayes"])
+    assert list(predictions) == ["part", "row", "actual", "predicted", "confidence"]
+    assert set(predictions["part"]) == {"left out"}
+    assert predictions["row"].tolist() == [row for _, test in splits for row in test]
+    in_order = predictions.sort_values("row")
+    expected = cross_val_predict(GaussianNB(), X, names, cv=splits)
+    assert in_order["actual"].tolist() == names.tolist()
+    assert in_order["predicted"].tolist() == expected.tolist()
+    probabilities = cross_val_predict(GaussianNB(), X, names, cv=splits, method="predict_proba")
+    np.testing.assert_allclose(in_order["confidence"], probabilities.max(axis=1))
+
+
+def test__predictions__are_of_the_test_rows_where_there_are_any():
+    table = compare({"bayes": GaussianNB()}, X[::2], Y[::2], cv=3, X_test=X[1::2], y_test=Y[1::2])
+    fitted = GaussianNB().fit(X[::2], Y[::2])
+    assert table.attrs["predictions"] == {
+        "bayes": {
+            "part": "test",
+            "row": list(range(75)),
+            "actual": Y[1::2].tolist(),
+            "predicted": fitted.predict(X[1::2]).tolist(),
+            "confidence": fitted.predict_proba(X[1::2]).max(axis=1).tolist(),
+        }
+    }
+
+
+def test__confidence__is_of_the_predicted_class_which_need_not_be_the_likeliest():
+    binary = (Y == 2).astype(int)
+    model = FixedThresholdClassifier(GaussianNB(), threshold=0.01)
+    predictions = pd.DataFrame(compare({"early": model}, X, binary).attrs["predictions"]["early"])
+    unlikely = predictions[predictions["confidence"] < 0.5]
+    assert len(unlikely) and set(unlikely["predicted"]) == {1}
+    assert unlikely["confidence"].min() >= 0.01
+
+
+def test__model_without_probabilities__predicts_without_confidence():
+    predictions = compare({"svm": SVC()}, X, Y, cv=3).attrs["predictions"]["svm"]
+    assert set(predictions["confidence"]) == {None} and len(predictions["confidence"]) == 150
+    right = np.equal(predictions["predicted"], predictions["actual"])
+    assert right.mean() > 0.9
+
+
+def test__failed_model__has_no_predictions():
+    models = {"bad": Failing(), "late": Failing(rows=120), "dummy": DummyClassifier()}
+    attrs = compare(models, X, Y, X_test=X, y_test=Y).attrs
+    assert list(attrs["predictions"]) == ["dummy"]
+    assert list(attrs["tracebacks"]) == ["bad", "late"]
+
+
+def test__predictions__want_no_further_fit():
+    log = []
+    compare({"spy": Spy(log)}, X, Y, cv=2, X_test=X, y_test=Y)
+    assert [what for what, *_ in log].count("fit") == 3
+
+
+def test__splits_by_mask_and_data_frames__are_predicted():
+    mask = np.arange(150) % 3 == 0
+    frame = pd.DataFrame(X, index=np.arange(150) + 7)
+    labels = pd.Series(Y, index=frame.index)
+    table = compare({"bayes": GaussianNB()}, frame, labels, cv=[(~mask, mask)])
+    assert table["error"].isna().all()
+    predictions = table.attrs["predictions"]["bayes"]
+    assert predictions["row"] == np.flatnonzero(mask).tolist()
+    fitted = GaussianNB().fit(X[~mask], Y[~mask])
+    assert predictions["predicted"] == fitted.predict(X[mask]).tolist()
+    assert predictions["actual"] == Y[mask].tolist()

@@ -163,8 +163,8 @@ def test__official_test_split__has_a_line_of_its_own(small_mnist, capsys):
     # always class 2, of 50 in 100 and of 10 in 30
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "",
-        "official test split, 30 images: accuracy 0.3333; best class 2 with 1.0000, worst class 0 "
-        "with 0.0000",
+        "official test split, 30 images: accuracy 0.3333; best class two with 1.0000, worst class "
+        "zero with 0.0000",
     ]
 
 
@@ -459,7 +459,7 @@ def test__output__holds_table_epochs_and_picture(tmp_path, capsys):
     assert sweep("--grid", *grid, *options, "--output", folder) == 0
     assert f"skcifar: wrote learning_curves.png to {folder}" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("epochs.csv", "learning_curves.png", "table.csv")
+        *("epochs.csv", "learning_curves.png", "provenance.json", "table.csv")
     ]
     table = pd.read_csv(folder / "table.csv")
     assert list(table)[:5] == [
@@ -476,6 +476,24 @@ def test__output__holds_table_epochs_and_picture(tmp_path, capsys):
     assert {"candidate", "fold", "repeat", "epoch", "train_loss", "valid_loss"} <= set(epochs)
     last = epochs[epochs["epoch"] == 3].groupby("candidate")["valid_loss"].mean()
     np.testing.assert_allclose(table.set_index("candidate")["valid_loss"][last.index], last)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["kind"] == "sweep" and provenance["title"].endswith("mlp, 4 candidates")
+    assert provenance["parameters"] == ["learning_rate_init", "hidden_layer_sizes"]
+    assert provenance["data"]["variant"] == "as published"
+    assert (provenance["data"]["n_train"], provenance["data"]["n_test"]) == (300, None)
+
+
+def test__folder_of_images__is_swept_with_its_test_split_and_names(image_folder, tmp_path, capsys):
+    grid = "strategy=prior,most_frequent"  # both always say the first class
+    arguments = ["--data", image_folder, "--model", "dummy", "--grid", grid]
+    assert sweep(*arguments, "--classes", "7,cat", "--output", tmp_path / "out", "--quiet") == 0
+    title, *_, last = capsys.readouterr().out.splitlines()
+    assert title.startswith("folder pets: 12 images of 2 classes, 3 folds, seed 0; dummy")
+    expected = "test split, 6 images: accuracy 0.5000; best class 7 with 1.0000, worst class cat"
+    assert last.startswith(expected)
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["data"]["variant"] == f"folder {image_folder}"
+    assert provenance["data"]["class_names"] == ["7", "cat"]
 
 
 def test__output_that_cannot_be_written__is_noticed_before_any_work(searches, tmp_path, error_line):
