@@ -341,16 +341,23 @@ def write_learning_curves(
     if why_none is not None:
         tell(f"no learning_curves.png: {why_none}")
     elif has_matplotlib():
+        import matplotlib.pyplot as plt
+
+        figure = draw()
         with replacing(folder / "learning_curves.png") as path:
-            draw().savefig(path, dpi=120)
+            figure.savefig(path, dpi=120)
+        plt.close(figure)
         tell(f"wrote learning_curves.png to {folder}")
     else:
         tell("no learning_curves.png: install matplotlib (pip install 'skcifar[plot]')")
 
 
 def has_matplotlib() -> bool:
+    """Whether there is matplotlib, which is told that pictures are written and not shown."""
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.pyplot
+
+        matplotlib.use("agg")  # whatever window or notebook MPLBACKEND names
     except Exception:  # a broken installation is as good as none, and may raise anything
         return False
     return True

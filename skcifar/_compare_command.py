@@ -32,6 +32,7 @@ from skcifar._command_line import (
     write_provenance,
 )
 from skcifar.model_selection import compare
+from skcifar.plotting import LearningCurvesDisplay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,14 +47,6 @@ DEFAULT_MODELS = {
 
 PREDICTION_COLUMNS = ["model", "part", "row", "actual", "predicted", "confidence"]
 N_WRONG, N_RIGHT = 12, 4  # images of a model that are kept
-
-# What a column of the histories begins with, and how its curve is drawn: the blue and the
-# vermilion of Okabe and Ito, told apart by colour-blind eyes, and by their dashes in print.
-CURVES = {"train": "training rows", "valid": "validation rows"}
-CURVE_STYLES: list[dict[str, Any]] = [
-    {"color": "#0072B2", "linestyle": "-"},
-    {"color": "#D55E00", "linestyle": "--"},
-]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,36 +234,17 @@ def _gallery(
 
 
 def _draw_learning_curves(histories: pd.DataFrame, table: pd.DataFrame, title: str) -> Figure:
-    """Draw loss above accuracy, one column a model: the mean over folds in their range."""
-    from matplotlib.figure import Figure
-
-    models = [model for model in table["model"] if model in set(histories["model"])]
-    figure = Figure(figsize=(1.5 + 2.9 * len(models), 6), layout="constrained")
-    # a folder's name is no formula, whatever it holds
-    subtitle = "mean over folds, shaded from lowest to highest"
-    figure.suptitle(f"{title}\n{subtitle}", parse_math=False)
-    axes = figure.subplots(2, len(models), squeeze=False, sharex="col", sharey="row")
-    axes[0, 0].set_ylabel("loss (nats)")
-    axes[1, 0].set_ylabel("accuracy (share of images)")
-    for model, (upper, lower) in zip(models, axes.T, strict=True):
-        epochs = histories[histories["model"] == model]
-        upper.set_title(model)
-        lower.set_xlabel("epoch")
-        for axis, quantity in [(upper, "loss"), (lower, "accuracy")]:
-            axis.grid(alpha=0.3)
-            for (part, label), style in zip(CURVES.items(), CURVE_STYLES, strict=True):
-                column = f"{part}_{quantity}"
-                if column in epochs and epochs[column].notna().any():
-                    curves = epochs.pivot(index="epoch", columns="fold", values=column)
-                    low, high = curves.min(axis=1), curves.max(axis=1)
-                    axis.plot(curves.index, curves.mean(axis=1), label=label, **style)
-                    axis.fill_between(curves.index, low, high, color=style["color"], alpha=0.2)
-        final = table.loc[table["model"] == model, "cv_mean"].item()
-        lower.axhline(final, color="black", linestyle=":", label="left-out folds, after training")
-    handles = dict(
-        (label, handle)
-        for axis in axes.flat
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    """Draw what models recorded, each named with its accuracy on the folds left out."""
+    recorded = dict(iter(histories.groupby("model")))
+    scores = zip(table["model"], table["cv_mean"], strict=True)
+    display = LearningCurvesDisplay.from_histories(
+        {f"{name} ({score:.1%})": recorded[name] for name, score in scores if name in recorded},
+        loss_scale="log",  # losses of several kinds, and their penalties
     )
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure: Any = display.figure_  # of its own
+    subtitle = (
+        "mean over folds, shaded from lowest to highest; in brackets accuracy on left-out folds"
+    )
+    # a folder's name is no formula, whatever it holds
+    figure.suptitle(f"{textwrap.fill(title, 90)}\n{subtitle}", parse_math=False)
     return figure

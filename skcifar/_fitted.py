@@ -1,7 +1,8 @@
-"""What can be read off any estimator: its description, its fitted model, that model's epochs."""
+"""What can be read off any estimator and its parameters: as text, the fitted model, its epochs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,15 @@ def describe(estimator: BaseEstimator) -> str:
         return " | ".join(describe(step) for _, step in estimator.steps)
     with config_context(print_changed_only=True):
         return " ".join(repr(estimator).split())
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Titles of parameters: without their step where that tells them apart all the same."""
+    last = [name.rpartition("__")[2] for name in names]
+    return {
+        name: part if last.count(part) == 1 else name
+        for name, part in zip(names, last, strict=True)
+    }
 
 
 def fitted_model(estimator: Any) -> Any:

@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 
 from skcifar._command_line import TABLE_WIDTH, replacing, write_learning_curves
+from skcifar._fitted import short_names
+from skcifar.plotting import LearningCurvesDisplay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ALL_CURVES = 12  # candidates, at most, that are all drawn
+ALL_CURVES = 10  # candidates, at most, that are all drawn
 FEW_CURVES = 5
 # After the candidate's parameters, in the table's order: titles and how a figure is written.
 # A column that is empty for all candidates is not shown.
@@ -129,7 +131,7 @@ def format_table(table: pd.DataFrame, top: int) -> str:
     failed = table["score_mean"].isna()
     shown = pd.concat([table[~failed].head(top), table[failed].head(top)])
     cells = {"rank": shown["rank"].astype(str).where(shown["score_mean"].notna(), "-")}
-    for name, title in _short(table.attrs["parameters"]).items():
+    for name, title in short_names(table.attrs["parameters"]).items():
         cells[title] = shown[name].map(str)
     cells["accuracy"] = _scores(shown)
     if shown["difference"].count() > 1:
@@ -139,21 +141,12 @@ def format_table(table: pd.DataFrame, top: int) -> str:
     for name, (title, digits) in COLUMNS.items():
         if name in shown and shown[name].notna().any():
             cells[title] = _numbers(shown[name], digits)
-    left = {*_short(table.attrs["parameters"]).values(), "accuracy"}
+    left = {*short_names(table.attrs["parameters"]).values(), "accuracy"}
     text = _aligned(cells, left, list(shown["error"]))
     if (cells.get("difference", pd.Series(dtype=str)).str.startswith("~")).any():
         text += f"\n{WITHIN_CHANCE}"
     hidden = failed.sum() - shown["score_mean"].isna().sum()
     return text + (f"\n{hidden} more failed" if hidden else "")
-
-
-def _short(names: list[str]) -> dict[str, str]:
-    """Titles of parameters: without their step where that tells them apart all the same."""
-    last = [name.rpartition("__")[2] for name in names]
-    return {
-        name: part if last.count(part) == 1 else name
-        for name, part in zip(names, last, strict=True)
-    }
 
 
 def _scores(table: pd.DataFrame) -> pd.Series:
@@ -207,33 +200,33 @@ def write_results(
 
 
 def draw_learning_curves(table: pd.DataFrame, epochs: pd.DataFrame, title: str) -> Figure:
-    """Draw the losses of training and validation rows beside each other, a line a candidate."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
+    """Draw what the best candidates recorded, each named by its parameters."""
     trained = table[table["rank"].notna() & table.index.isin(epochs["candidate"])]
     drawn = trained if len(trained) <= ALL_CURVES else trained.head(FEW_CURVES)
-    names = _short(table.attrs["parameters"])
-    curves = {"training rows": "train_loss", "validation rows": "valid_loss"}
-    curves = {
-        k: name for k, name in curves.items() if name in epochs and epochs[name].notna().any()
-    }
-    figure = Figure(figsize=(1 + 5 * len(curves), 5), layout="constrained")
-    # a folder's name is no formula, whatever it holds
-    subtitle = f"means over folds, {len(drawn)} of {len(trained)} candidates"
-    figure.suptitle(f"{title}\n{subtitle}", parse_math=False)
     # a network before the last (an embedding, say) has a loss of another kind
     fits = epochs.groupby(["candidate", "fold", "repeat"])["fit"].transform("max")
-    means = epochs[epochs["fit"] == fits].groupby(["candidate", "epoch"]).mean(numeric_only=True)
-    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for axis, (label, name) in zip(axes, curves.items(), strict=True):
-        axis.set(title=label, xlabel="epoch", yscale="log")
-        axis.grid(alpha=0.3)
-        # colours that run from dark to light are told apart by everyone, and in print
-        colours = colormaps["viridis"](np.linspace(0, 0.9, len(drawn)))
-        for (candidate, row), colour in zip(drawn.to_dict("index").items(), colours, strict=True):
-            setting = ", ".join(f"{short}={row[full]}" for full, short in names.items())
-            axis.plot(means[name].xs(candidate), label=setting, color=colour)
-    axes[0].set_ylabel("loss (nats)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    recorded = dict(iter(epochs[epochs["fit"] == fits].groupby("candidate")))
+    names = _names(drawn)
+    display = LearningCurvesDisplay.from_histories(
+        {name: recorded[candidate] for candidate, name in names.items()}, loss_scale="log"
+    )
+    figure: Any = display.figure_  # of its own
+    subtitle = f"mean over folds, shaded from lowest to highest; {len(drawn)} of {len(trained)}"
+    # a folder's name is no formula, whatever it holds
+    text = f"{textwrap.fill(title, 90)}\n{subtitle} candidates"
+    figure.suptitle(text, parse_math=False)
     return figure
+
+
+def _names(table: pd.DataFrame) -> dict[Any, str]:
+    """The parameters of each candidate in lines, after its number where others have the same."""
+    titles = short_names(table.attrs["parameters"])
+    settings = {
+        candidate: textwrap.fill(", ".join(f"{titles[name]}={row[name]}" for name in titles), 80)
+        for candidate, row in table.to_dict("index").items()
+    }
+    texts = list(settings.values())
+    return {
+        candidate: text if texts.count(text) == 1 else f"{candidate}: {text}"
+        for candidate, text in settings.items()
+    }

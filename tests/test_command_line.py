@@ -7,7 +7,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from skcifar import PretrainedFeatures, _compare_command
 from skcifar.__main__ import main
-from skcifar._command_line import FETCHERS, MODELS, read, replacing
+from skcifar._command_line import FETCHERS, MODELS, read, replacing, write_learning_curves
 
 
 @pytest.mark.parametrize(
@@ -160,3 +160,15 @@ def test__interrupted_write__leaves_the_old_file_alone(tmp_path):
         partial.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test__picture__is_written_and_closed_whatever_window_there_is(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("svg")
+
+    def draw():
+        return plt.figure()
+
+    write_learning_curves(tmp_path, draw, print, why_none=None)
+    assert (tmp_path / "learning_curves.png").stat().st_size > 0
+    assert not plt.get_fignums() and plt.get_backend() == "agg"

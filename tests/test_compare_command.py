@@ -264,7 +264,7 @@ def test__output_without_epochs__has_no_picture_and_an_empty_history(tmp_path, c
 
 
 def test__learning_curves__draw_what_was_recorded():
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
     histories = pd.DataFrame(
         {
             "model": ["a", "a", "a", "b"],
@@ -277,14 +277,11 @@ def test__learning_curves__draw_what_was_recorded():
     )
     table = pd.DataFrame({"model": ["b", "dummy", "a"], "cv_mean": [0.7, 0.1, 0.6]})
     figure = _compare_command._draw_learning_curves(histories, table, "title")
-    drawn = [[(line.get_label(), line.get_ydata()) for line in axis.lines] for axis in figure.axes]
-    (b_loss, a_loss), (b_accuracy, a_accuracy) = drawn[:2], drawn[2:]
-    assert [axis.get_title() for axis in figure.axes] == ["b", "a", "", ""]
-    assert [(label, list(y)) for label, y in a_loss] == [("training rows", [3.0, 1.0])]
-    assert [(label, list(y)) for label, y in b_loss] == [
-        ("training rows", [3.0]),
-        ("validation rows", [5.0]),
-    ]
-    assert [list(y) for _, y in a_accuracy] == [[0.2, 0.5], [0.6, 0.6]]
-    assert [list(y) for _, y in b_accuracy] == [[0.7, 0.7]]
-    assert len(figure.legends[0].get_texts()) == 3
+    loss, accuracy = figure.axes
+    b_loss, b_valid, a_loss = (list(line.get_ydata()) for line in loss.lines)
+    assert (b_loss, b_valid, a_loss) == ([3.0], [5.0], [3.0, 1.0])
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[20, 50]]
+    assert loss.collections[-1].get_datalim(loss.transData).intervaly.tolist() == [1.0, 4.0]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["b (70.0%)", "a (60.0%)", "training", "validation"]
+    plt.close(figure)

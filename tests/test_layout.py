@@ -18,6 +18,7 @@ PARTS = {
     "datasets": {"_image_folder"},
     "plotting": {"_curve_displays", "_embedding_display", "_image_displays", "_sweep_displays"},
     "model_selection": {"_search", "_fitted"},
+    "report": {"_report_files", "_report_pieces", "_fitted"},
 }
 ROWS = [
     ["_provenance", "_image_folder", "_fitted"],
@@ -44,6 +45,8 @@ ROWS = [
     ["_search"],
     ["_display"],
     ["_curve_displays", "_embedding_display", "_image_displays", "_sweep_displays"],
+    ["_report_files"],
+    ["_report_pieces"],
     *([module] for module in READERS),
     ["_protocols"],
     ["_reproduction"],

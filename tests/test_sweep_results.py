@@ -120,22 +120,37 @@ def curves(n_candidates, valid=True):
     return table, search.epoch_results_
 
 
-@pytest.mark.parametrize(("n_candidates", "n_drawn"), [(3, 3), (12, 12), (13, 5)])
+@pytest.mark.parametrize(("n_candidates", "n_drawn"), [(3, 3), (10, 10), (11, 5)])
 def test__learning_curves__are_means_over_folds_a_line_a_candidate(n_candidates, n_drawn):
-    pytest.importorskip("matplotlib")
+    plt = pytest.importorskip("matplotlib.pyplot")
     figure = draw_learning_curves(*curves(n_candidates), "title")
-    train, valid = figure.axes
-    assert (train.get_title(), valid.get_title()) == ("training rows", "validation rows")
-    assert len(train.lines) == len(valid.lines) == n_drawn
+    (loss,) = figure.axes  # there are no accuracies
+    assert len(loss.lines) == 2 * n_drawn and loss.get_yscale() == "log"
     best = n_candidates - 1
-    assert train.lines[0].get_label() == f"rate={best}"
-    np.testing.assert_allclose(train.lines[0].get_ydata(), [10 * best + 1.5, 10 * best + 2.5])
-    assert len(figure.legends[0].get_texts()) == n_drawn
+    train, valid = (line.get_ydata() for line in loss.lines[:2])
+    np.testing.assert_allclose(train, [10 * best + 1.5, 10 * best + 2.5])
+    np.testing.assert_allclose(valid, [2, 2])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    shown = [f"rate={best - i}" for i in range(n_drawn)]
+    assert names == [*shown, "training", "validation"]
+    assert figure.get_suptitle().splitlines()[0] == "title"
+    assert figure.get_suptitle().endswith(f"{n_drawn} of {n_candidates} candidates")
+    plt.close(figure)
 
 
-def test__losses_that_are_missing__have_no_axes():
+def test__losses_that_are_missing__have_no_lines():
     pytest.importorskip("matplotlib")
-    assert len(draw_learning_curves(*curves(2, valid=False), "title").axes) == 1
+    (loss,) = draw_learning_curves(*curves(2, valid=False), "title").axes
+    assert len(loss.lines) == 2
+
+
+def test__candidates_of_one_name__are_told_apart_by_their_numbers():
+    pytest.importorskip("matplotlib")
+    table, epochs = curves(3)
+    table["step__rate"] = [1, "1", 2]  # of the candidates 2, 1 and 0
+    (legend,) = draw_learning_curves(table, epochs, "title").legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[:3] == ["2: rate=1", "1: rate=1", "rate=2"]
 
 
 def test__no_epochs__leave_no_picture(tmp_path):
