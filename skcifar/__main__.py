@@ -1,4 +1,4 @@
-"""Command line: ``python -m skcifar compare``, ``sweep`` and ``fetch``."""
+"""Command line: ``python -m skcifar compare``, ``sweep``, ``reproduce``, ``report``, ``fetch``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NoReturn, TextIO
 import numpy as np
 from sklearn.datasets import get_data_home
 
-from skcifar import _compare_command, _sweep_command
+from skcifar import _compare_command, _report_command, _reproduce_command, _sweep_command
 from skcifar._command_line import FETCHERS, UsageError, announce, read
 
 
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ~ within chance of the best (corrected resampled t-test, 5%)
     0
     """
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(argv, argparse.Namespace(argv=argv))
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning_on_one_line
         try:
@@ -86,6 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _sweep_command.add_arguments(sweep_parser)
     sweep_parser.set_defaults(run=_sweep_command.run)
+
+    reproduce_parser = commands.add_parser(
+        "reproduce", help="run the systems of five course reports beside the reports' figures"
+    )
+    _reproduce_command.add_arguments(reproduce_parser)
+    reproduce_parser.set_defaults(run=_reproduce_command.run)
+
+    report_parser = commands.add_parser(
+        "report", help="make a page of what compare, sweep and reproduce have written"
+    )
+    _report_command.add_arguments(report_parser)
+    report_parser.set_defaults(run=_report_command.run)
 
     fetch_parser = commands.add_parser("fetch", help="download a data set and check its files")
     fetch_parser.add_argument("name", choices=list(FETCHERS), metavar="NAME", help="mnist, cifar10")

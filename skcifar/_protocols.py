@@ -1,0 +1,660 @@
+"""How a system is run: data, splits, figures and pictures of the protocols that studies follow."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
+from sklearn.model_selection import (
+    LearningCurveDisplay,
+    PredefinedSplit,
+    StratifiedShuffleSplit,
+    learning_curve,
+    train_test_split,
+)
+from torch import nn
+
+from skcifar import plotting
+from skcifar._fitted import epoch_records, fitted_model
+from skcifar.model_selection import BatchedGridSearchCV
+
+# Of the training rows, those whose accuracy is told: enough for half a point, and quickly scored.
+TRAIN_ROWS_SCORED = 10_000
+
+
+class Images(NamedTuple):
+    """One data set with its official split.
+
+    Attributes
+    ----------
+    X, X_test : uint8 arrays of shape (n, height * width * channels)
+    y, y_test : arrays of shape (n,)
+    class_names : list of str
+        By code.
+    image_shape : (height, width, channels)
+    """
+
+    X: NDArray[np.uint8]
+    y: NDArray[Any]
+    X_test: NDArray[np.uint8]
+    y_test: NDArray[Any]
+    class_names: list[str]
+    image_shape: tuple[int, int, int]
+
+    def names(self) -> list[str]:
+        """Of the classes that occur, in the order of their codes."""
+        return [self.class_names[code] for code in np.unique(self.y)]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a study is run: at most so many images and epochs."""
+
+    n_train: int
+    n_test: int
+    epochs: int
+    n_pictured: int  # points of a t-SNE
+
+    def images(self, images: Images) -> Images:
+        train = _some(images.y, self.n_train)
+        test = _some(images.y_test, self.n_test)
+        return images._replace(
+            X=images.X[train], y=images.y[train], X_test=images.X_test[test],
+            y_test=images.y_test[test],
+        )  # fmt: skip
+
+    def estimator(self, estimator: BaseEstimator) -> BaseEstimator:
+        shorter = {
+            name: self.epochs
+            for name, value in estimator.get_params().items()
+            if name.rpartition("__")[2] == "max_iter"
+            and isinstance(value, int)
+            and value > self.epochs
+        }
+        return clone(estimator).set_params(**shorter)
+
+
+FULL = Scale(n_train=10**9, n_test=10**9, epochs=10**9, n_pictured=5_000)
+QUICK = Scale(n_train=600, n_test=300, epochs=2, n_pictured=300)
+
+
+def _some(y: NDArray[Any], n: int) -> NDArray[np.intp]:
+    """Rows, at most n of them, with the same shares of classes; always the same."""
+    rows = np.arange(len(y))
+    if n >= len(y):
+        return rows
+    return np.sort(train_test_split(rows, train_size=n, stratify=y, random_state=0)[0])
+
+
+@dataclass
+class Outcome:
+    """What running a system gave.
+
+    Attributes
+    ----------
+    figures : dict of str to float
+    seconds : float
+        Of all trainings, scoring left out.
+    epochs : float or None
+    curve : list of dict
+        A row an epoch, and a model where there are several.
+    classes : dict of str to float
+        Test accuracy of each class.
+    confusion : list of list of int, or None
+        Test images by actual and by predicted class.
+    pictures : list of functions
+        Each draws, and returns a Display.
+    note : str
+    """
+
+    figures: dict[str, float]
+    seconds: float
+    epochs: float | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    classes: dict[str, float] = field(default_factory=dict)
+    confusion: list[list[int]] | None = None
+    pictures: list[Callable[[], Any]] = field(default_factory=list)
+    note: str = ""
+
+
+Protocol = Callable[[Any, Images, Scale], Outcome]
+
+
+def joined(outcomes: Mapping[str, Outcome]) -> Outcome:
+    """One outcome of several models, whose names follow the figures'."""
+    whole = Outcome({}, 0.0)
+    for name, outcome in outcomes.items():
+        whole.figures |= {f"{quantity}, {name}": x for quantity, x in outcome.figures.items()}
+        whole.seconds += outcome.seconds
+        whole.curve += [{"model": name, **row} for row in outcome.curve]
+        whole.note += f"{name}: {outcome.note}\n" if outcome.note else ""
+    if whole.curve:
+        histories = {name: outcome.curve for name, outcome in outcomes.items() if outcome.curve}
+        whole.pictures.append(lambda: plotting.LearningCurvesDisplay.from_histories(histories))
+    return whole
+
+
+# -- protocols -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Fit to the training images, score on these, on those held out and on the test split.
+
+    Attributes
+    ----------
+    validation : float
+        Share of the training images held out, stratified. The estimator is shown them as `X_val`
+        if it takes such.
+    saved : bool
+        Whether the estimator goes through a file before it is scored.
+    pictured : bool
+        Whether confusion, accuracies of classes and confident predictions are drawn.
+    """
+
+    validation: float = 0.0
+    saved: bool = False
+    pictured: bool = False
+
+    def __call__(self, estimator: BaseEstimator, images: Images, scale: Scale) -> Outcome:
+        X, y, X_val, y_val = _held_out(images, self.validation)
+        shown = {}
+        if self.validation and "X_val" in inspect.signature(estimator.fit).parameters:
+            shown = {"X_val": X_val, "y_val": y_val}
+        with _timed() as seconds:
+            estimator.fit(X, y, **shown)
+        if self.saved:
+            estimator = _through_a_file(estimator)
+        some = _some(y, TRAIN_ROWS_SCORED)
+        figures = {"train accuracy": estimator.score(X[some], y[some])}
+        if self.validation:
+            figures["validation accuracy"] = estimator.score(X_val, y_val)
+        predicted = estimator.predict(images.X_test)
+        figures["test accuracy"] = float(np.mean(predicted == images.y_test))
+        model = fitted_model(estimator)
+        confusion = confusion_matrix(images.y_test, predicted, labels=np.unique(images.y))
+        outcome = Outcome(
+            figures,
+            sum(seconds),
+            epochs=getattr(model, "n_iter_", None),
+            curve=epoch_records(model),
+            classes=_by_class(confusion, images.names()),
+            confusion=confusion.tolist(),
+        )
+        if self.pictured:
+            outcome.pictures += _of_predictions(estimator, images, confusion)
+        return outcome
+
+
+@dataclass(frozen=True)
+class UntilTrainAccuracy:
+    """Train epoch by epoch, until the training images are recognised this well."""
+
+    accuracy: float
+    most_epochs: int = 100
+
+    def __call__(self, estimator: Any, images: Images, scale: Scale) -> Outcome:
+        seconds: list[float] = []
+        reached = 0.0
+        while len(seconds) < self.most_epochs and reached <= self.accuracy:
+            with _timed() as took:
+                estimator.partial_fit(images.X, images.y, classes=np.unique(images.y))
+            seconds += took
+            reached = estimator.score(images.X, images.y)
+        figures = {
+            "train accuracy": reached,
+            "test accuracy": estimator.score(images.X_test, images.y_test),
+        }
+        return Outcome(figures, sum(seconds), len(seconds), epoch_records(estimator))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Try all settings of a grid, trained together.
+
+    Attributes
+    ----------
+    grid : dict of str to list
+    cv : int or float
+        Folds, or below 1 the share that one stratified split holds out.
+    losses_of : str or None
+        The parameter for whose values the mean losses on training and validation rows, at the end
+        of training, are the figures. With None the best setting is, fitted to all training
+        images and scored on the test split.
+    """
+
+    grid: Mapping[str, list]
+    cv: int | float
+    losses_of: str | None = None
+
+    def __call__(self, estimator: BaseEstimator, images: Images, scale: Scale) -> Outcome:
+        cv = (
+            self.cv if self.cv > 1 else StratifiedShuffleSplit(1, test_size=self.cv, random_state=0)
+        )
+        grid = {name: list(values) for name, values in self.grid.items()}
+        if "max_iter" in grid:
+            grid["max_iter"] = sorted({min(epochs, scale.epochs) for epochs in grid["max_iter"]})
+        search: Any = BatchedGridSearchCV(
+            estimator, grid, cv=cv, validate_epochs=True, refit=self.losses_of is None
+        )
+        with _timed() as seconds:
+            search.fit(images.X, images.y)
+        figures = self._losses(search) if self.losses_of else _of_the_best(search, images)
+        outcome = Outcome(figures, sum(seconds), note=_five_best(search, grid))
+        if len(grid) > 1:
+            outcome.pictures.append(lambda: plotting.ParallelCoordinatesDisplay.from_search(search))
+        else:
+            outcome.curve = _mean_curves(search)
+            histories = {
+                str(name): rows.drop(columns="model")
+                for name, rows in pd.DataFrame(outcome.curve).groupby("model", sort=False)
+            }
+            outcome.pictures.append(
+                lambda: plotting.LearningCurvesDisplay.from_histories(histories)
+            )
+        return outcome
+
+    def _losses(self, search: Any) -> dict[str, float]:
+        epochs = search.epoch_results_
+        last = epochs.groupby(["candidate", "fold", "repeat"]).tail(1)
+        means = last.groupby("candidate")[["train_loss", "valid_loss"]].mean()
+        names = {"train_loss": "train loss", "valid_loss": "validation loss"}
+        values = [params[self.losses_of] for params in search.cv_results_["params"]]
+        return {
+            f"{names[column]}, {value}": float(means.loc[candidate, column])
+            for candidate, value in enumerate(values)
+            for column in names
+        }
+
+
+@dataclass(frozen=True)
+class TrainingSizes:
+    """Train on shares of the training images, score on the test split."""
+
+    shares: tuple[float, ...]
+
+    def __call__(self, estimator: BaseEstimator, images: Images, scale: Scale) -> Outcome:
+        X = np.concatenate([images.X, images.X_test])
+        y = np.concatenate([images.y, images.y_test])
+        fold = np.repeat([-1, 0], [len(images.X), len(images.X_test)])
+        with _timed() as seconds:
+            sizes, train, test = learning_curve(
+                estimator, X, y, cv=PredefinedSplit(fold), train_sizes=list(self.shares),
+                shuffle=True, random_state=0,
+            )  # fmt: skip
+        figures = {
+            f"test accuracy, {share:.0%} of the images": float(score)
+            for share, score in zip(self.shares, test[:, 0], strict=True)
+        }
+
+        def draw() -> Any:
+            display = LearningCurveDisplay(
+                train_sizes=sizes, train_scores=train, test_scores=test, score_name="accuracy"
+            ).plot()
+            display.ax_.set(title="Accuracy by number of training images")
+            return display
+
+        return Outcome(figures, sum(seconds), pictures=[draw])
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Fit, then draw the images' positions in the plane by t-SNE.
+
+    Attributes
+    ----------
+    layer : int or None
+        Whose output is projected, of a classifier; None takes what the estimator transforms to.
+    """
+
+    layer: int | None = None
+
+    def __call__(self, estimator: BaseEstimator, images: Images, scale: Scale) -> Outcome:
+        outcome = Holdout()(estimator, images, scale)
+        projected = estimator[:-1] if self.layer is None else estimator
+        outcome.pictures.append(
+            lambda: plotting.EmbeddingDisplay.from_estimator(
+                projected,
+                images.X,
+                np.array(images.class_names)[images.y],
+                n_samples=min(scale.n_pictured, len(images.X)),
+                layer=self.layer,
+                random_state=0,
+            )
+        )
+        return outcome
+
+
+@dataclass(frozen=True)
+class Look:
+    """Count the images and draw the first of them and their principal components."""
+
+    def __call__(self, estimator: None, images: Images, scale: Scale) -> Outcome:
+        figures: dict[str, float] = {
+            "training images": len(images.X),
+            "test images": len(images.X_test),
+        }
+        names = np.array(images.class_names)[images.y]
+        with _timed() as seconds:
+            counts = pd.Series(names).value_counts()
+        figures |= {f"training images, {name}": int(n) for name, n in counts.items()}
+
+        def first() -> Any:
+            return plotting.ImageGridDisplay.from_images(
+                images.X[:16], titles=list(names[:16]), image_shape=images.image_shape
+            )
+
+        def components() -> Any:
+            n = min(2_000, len(names))
+            return plotting.EmbeddingDisplay.from_features(
+                images.X, names, method="pca", n_samples=n
+            )
+
+        def classes() -> Any:
+            return plotting.ClassCountsDisplay.from_labels(names)
+
+        return Outcome(figures, sum(seconds), pictures=[first, components, classes])
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Filter images with a fixed Gaussian, and compare with SciPy's."""
+
+    sigma: float = 0.8
+    radius: int = 2
+
+    def __call__(self, estimator: Any, images: Images, scale: Scale) -> Outcome:
+        with _timed() as seconds:
+            blurred = estimator.fit_transform(images.X).reshape(-1, *images.image_shape)
+        originals = images.X[:16].reshape(-1, *images.image_shape)
+        wanted = ndimage.gaussian_filter(
+            originals.astype(float), self.sigma, radius=self.radius, axes=(1, 2), mode="mirror"
+        )
+        figures = {
+            "images per second": len(images.X) / sum(seconds),
+            "largest difference from SciPy (of 255)": float(np.abs(blurred[:16] - wanted).max()),
+        }
+        shown = np.concatenate([originals[:8], np.rint(blurred[:8]).astype(np.uint8)])
+        titles = ["as it is"] * 8 + [f"σ = {self.sigma}"] * 8
+        return Outcome(
+            figures,
+            sum(seconds),
+            pictures=[
+                lambda: plotting.ImageGridDisplay.from_images(shown, titles=titles, n_columns=8)
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Diverging:
+    """Fit a convolution to what another one says of the first images, which may end in an error.
+
+    The class of an image is the number of the teacher's strongest output, each relative to its
+    mean. Pixels are taken from 0 to 51, at which the squared error is too steep for a rate of 0.01.
+    """
+
+    n_images: int = 100
+
+    def __call__(self, estimator: Any, images: Images, scale: Scale) -> Outcome:
+        X = (images.X[: self.n_images] / 5).astype(np.float32)
+        y = _strongest_output(X, images.image_shape)
+        with _timed() as seconds:
+            try:
+                estimator.fit(X, y)
+            except ValueError as error:
+                return Outcome({"converged": 0.0}, sum(seconds), note=str(error))
+        wanted = np.eye(len(estimator.classes_))[np.searchsorted(estimator.classes_, y)]
+        outputs = estimator.decision_function(X)
+        figures = {
+            "converged": 1.0,
+            "norm of the difference": float(np.linalg.norm(outputs - wanted)),
+        }
+        return Outcome(figures, sum(seconds), estimator.n_iter_, epoch_records(estimator))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Compare gradients derived by hand with torch's, in float64, on the first images."""
+
+    def __call__(self, estimator: None, images: Images, scale: Scale) -> Outcome:
+        with _timed() as seconds:
+            differences = dict(_gradient_differences(images))
+        return Outcome(
+            {f"largest difference, {name}": x for name, x in differences.items()}, sum(seconds)
+        )
+
+
+# -- what protocols are made of --------------------------------------------------------------------
+
+
+@contextmanager
+def _timed() -> Iterator[list[float]]:
+    """Add the seconds that the block takes to the list it is given.
+
+    An open-ended schedule that is stopped after a set number of epochs is what these studies are.
+    """
+    seconds: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        start = time.perf_counter()
+        try:
+            yield seconds
+        finally:
+            seconds.append(time.perf_counter() - start)
+
+
+def _held_out(images: Images, share: float) -> tuple[Any, Any, Any, Any]:
+    """X, y to train on and X, y to validate on."""
+    if not share:
+        return images.X, images.y, None, None
+    X, X_val, y, y_val = train_test_split(
+        images.X, images.y, test_size=share, stratify=images.y, random_state=0
+    )
+    return X, y, X_val, y_val
+
+
+def _through_a_file(estimator: BaseEstimator) -> BaseEstimator:
+    file = io.BytesIO()
+    joblib.dump(estimator, file)
+    file.seek(0)
+    return joblib.load(file)
+
+
+def _by_class(confusion: NDArray[np.int64], names: list[str]) -> dict[str, float]:
+    accuracies = confusion.diagonal() / confusion.sum(axis=1).clip(1)
+    return dict(zip(names, map(float, accuracies), strict=True))
+
+
+def _of_predictions(
+    estimator: Any, images: Images, confusion: NDArray[np.int64]
+) -> list[Callable[[], Any]]:
+    probabilities = estimator.predict_proba(images.X_test)
+    predicted = estimator.classes_[probabilities.argmax(1)]
+
+    def matrix() -> Any:
+        display = ConfusionMatrixDisplay(confusion, display_labels=images.names())
+        display.plot(xticks_rotation=45, colorbar=False, cmap="Blues")
+        display.figure_.set_size_inches(7, 7)
+        display.ax_.set_title(f"{len(predicted):,} test images")
+        display.figure_.set_layout_engine("constrained")
+        return display
+
+    def classes() -> Any:
+        return plotting.ClassAccuracyDisplay.from_predictions(
+            images.y_test, predicted, class_names=images.class_names
+        )
+
+    def grid(kind: str) -> Any:
+        return plotting.ImageGridDisplay.from_predictions(
+            images.X_test,
+            images.y_test,
+            predicted,
+            probabilities.max(1),
+            kind=kind,
+            class_names=images.class_names,
+            image_shape=images.image_shape,
+        )
+
+    return [matrix, classes, lambda: grid("wrong"), lambda: grid("right")]
+
+
+def _of_the_best(search: Any, images: Images) -> dict[str, float]:
+    predicted = search.predict(images.X_test)
+    right = pd.Series(predicted == images.y_test)
+    by_class = right.groupby(np.array(images.class_names)[images.y_test]).mean()
+    some = _some(images.y, TRAIN_ROWS_SCORED)
+    return {
+        "train accuracy": search.score(images.X[some], images.y[some]),
+        "validation accuracy": float(search.best_score_),
+        "test accuracy": float(right.mean()),
+        f"test accuracy of the best class, {by_class.idxmax()}": float(by_class.max()),
+        f"test accuracy of the worst class, {by_class.idxmin()}": float(by_class.min()),
+    }
+
+
+def _five_best(search: Any, grid: Mapping[str, list]) -> str:
+    results = pd.DataFrame(search.cv_results_).sort_values("rank_test_score", kind="stable").head(5)
+    lines = [
+        ", ".join(f"{name}={params[name]}" for name in grid) + f": {score:.2%}"
+        for params, score in zip(results["params"], results["mean_test_score"], strict=True)
+    ]
+    return "best on validation images: " + "; ".join(lines)
+
+
+def _mean_curves(search: Any) -> list[dict[str, Any]]:
+    """Means over the folds, a row for each candidate and epoch."""
+    epochs = search.epoch_results_
+    means = epochs.groupby(["candidate", "epoch"]).mean(numeric_only=True).reset_index()
+    names = [
+        ", ".join(f"{name} {value}" for name, value in params.items())
+        for params in search.cv_results_["params"]
+    ]
+    columns = [c for c in ("train_loss", "valid_loss") if c in means]
+    return [
+        {"model": names[int(row["candidate"])], "epoch": int(row["epoch"])}
+        | {column: float(row[column]) for column in columns}
+        for row in means.to_dict("records")
+    ]
+
+
+# -- models of their own ---------------------------------------------------------------------------
+
+
+class OneConvolution(nn.Sequential):
+    """Filters of 5 x 5 pixels with uniform weights; an output is a filter's mean over the image."""
+
+    def __init__(self, image_shape: tuple[int, int, int], n_outputs: int) -> None:
+        convolution = nn.Conv2d(image_shape[2], n_outputs, 5)
+        nn.init.uniform_(convolution.weight)
+        super().__init__(convolution, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def _strongest_output(
+    X: NDArray[np.float32], image_shape: tuple[int, int, int]
+) -> NDArray[np.int64]:
+    """The number of the strongest of four outputs of a convolution, relative to their means."""
+    height, width, channels = image_shape
+    pixels = torch.from_numpy(X.reshape(-1, height, width, channels)).permute(0, 3, 1, 2)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        outputs = OneConvolution(image_shape, 4)(pixels)  # (n_samples, 4)
+    return (outputs - outputs.mean(0)).argmax(1).numpy()
+
+
+def _gradient_differences(images: Images) -> Iterator[tuple[str, float]]:
+    """For each model the largest difference of a gradient derived by hand from torch's."""
+    rng = np.random.default_rng(0)
+    n, n_units, n_classes = min(64, len(images.X)), 20, len(images.class_names)
+    X = images.X[:n] / 255.0  # (n, d)
+    T = np.eye(n_classes)[images.y[:n]]  # one-hot targets, (n, k)
+    W, b = rng.normal(0, 0.1, (X.shape[1], n_classes)), rng.normal(0, 0.1, n_classes)
+
+    # E = sum((XW + b - T)²) / (nk): dE/dY = 2 (Y - T) / (nk), and Y is linear in W and b.
+    G = 2 * (X @ W + b - T) / T.size  # (n, k)
+    yield (
+        "linear, squared error",
+        _difference(
+            lambda W, b: ((torch.from_numpy(X) @ W + b - torch.from_numpy(T)) ** 2).mean(),
+            (W, b),
+            (X.T @ G, G.sum(0)),
+        ),
+    )
+
+    # H = s(XU + c) with s' = s (1 - s); Y = HV + b.
+    U, c = rng.normal(0, 0.1, (X.shape[1], n_units)), rng.normal(0, 0.1, n_units)
+    V = rng.normal(0, 0.1, (n_units, n_classes))
+    H = 1 / (1 + np.exp(-(X @ U + c)))  # (n, u)
+    G = 2 * (H @ V + b - T) / T.size
+    G_hidden = (G @ V.T) * H * (1 - H)  # (n, u)
+    yield (
+        "two layers, sigmoid, squared error",
+        _difference(
+            lambda U, c, V, b: (
+                ((torch.from_numpy(X) @ U + c).sigmoid() @ V + b - torch.from_numpy(T)) ** 2
+            ).mean(),
+            (U, c, V, b),
+            (X.T @ G_hidden, G_hidden.sum(0), H.T @ G, G.sum(0)),
+        ),
+    )
+
+    # Y[n, f, i, j] = sum of K[f, c, p, q] times the patch of X at i + p, j + q; E = sum(Y²) / 2.
+    height, width, channels = images.image_shape
+    pictures = X.reshape(n, height, width, channels).transpose(0, 3, 1, 2)
+    K = rng.normal(0, 0.1, (4, channels, 5, 5))
+    patches = np.lib.stride_tricks.sliding_window_view(pictures, (5, 5), axis=(2, 3))
+    Y = np.einsum("ncijpq,fcpq->nfij", patches, K, optimize=True)
+    yield (
+        "convolution",
+        _difference(
+            lambda K: (
+                torch.nn.functional.conv2d(torch.from_numpy(pictures.copy()), K).square().sum() / 2
+            ),
+            (K,),
+            (np.einsum("ncijpq,nfij->fcpq", patches, Y, optimize=True),),
+        ),
+    )
+
+
+def _difference(
+    error: Callable[..., torch.Tensor],
+    parameters: tuple[NDArray[np.float64], ...],
+    by_hand: tuple[NDArray[np.float64], ...],
+) -> float:
+    """Largest difference of the gradients, relative to the largest component."""
+    tensors = [torch.from_numpy(each.copy()).requires_grad_() for each in parameters]
+    gradients = torch.autograd.grad(error(*tensors), tensors)
+    return max(
+        float(np.abs(theirs.numpy() - ours).max() / np.abs(ours).max())
+        for theirs, ours in zip(gradients, by_hand, strict=True)
+    )
+
+
+def with_everywhere(estimator: BaseEstimator, **values: Any) -> BaseEstimator:
+    """A clone in which every step that has these parameters has these values."""
+    names = estimator.get_params()
+    return clone(estimator).set_params(
+        **{name: values[end] for name in names if (end := name.rpartition("__")[2]) in values}
+    )
+
+
+def smaller(images: Images, scale: Scale) -> tuple[Images, str | None]:
+    """The images at that scale, and what became fewer."""
+    less = scale.images(images)
+    if len(less.X) == len(images.X):
+        return less, None
+    return less, f"{len(less.X):,} of {len(images.X):,} images, at most {scale.epochs} epochs"
