@@ -12,15 +12,15 @@ from pathlib import Path
 from skcifar._reproduce_command import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- reproduced: begin -->\n", "\n<!-- reproduced: end -->"
+BEGIN, END = "<!-- reproduced: begin -->", "<!-- reproduced: end -->"
 
 
 def main() -> None:
     readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     table = markdown_table(ROOT / "benchmarks" / "results" / "reproduce")
-    readme.write_text(before + BEGIN + table + END + after)
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

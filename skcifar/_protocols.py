@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import joblib
 import numpy as np
@@ -83,8 +83,8 @@ class Scale:
             name: self.epochs
             for name, value in estimator.get_params().items()
             if name.rpartition("__")[2] == "max_iter"
-            and isinstance(value, int)
-            and value > self.epochs
+            # "auto" is some number of epochs, too, and more than those of any quick run
+            and (value > self.epochs if isinstance(value, int) else self is not FULL)
         }
         return clone(estimator).set_params(**shorter)
 
@@ -109,7 +109,7 @@ class Outcome:
     ----------
     figures : dict of str to float
     seconds : float
-        Of all trainings, scoring left out.
+        Of all trainings; those of searches and of shares of the images with their scoring.
     epochs : float or None
     curve : list of dict
         A row an epoch, and a model where there are several.
@@ -132,7 +132,19 @@ class Outcome:
     note: str = ""
 
 
-Protocol = Callable[[Any, Images, Scale], Outcome]
+class Protocol:
+    """From an estimator (or None), images and a scale to an outcome.
+
+    Attributes
+    ----------
+    fits_as_given : bool
+        Whether `fit` is called of the estimator itself, not of clones.
+    """
+
+    fits_as_given: ClassVar[bool] = False
+
+    def __call__(self, estimator: Any, images: Images, scale: Scale) -> Outcome:
+        raise NotImplementedError
 
 
 def joined(outcomes: Mapping[str, Outcome]) -> Outcome:
@@ -153,8 +165,8 @@ def joined(outcomes: Mapping[str, Outcome]) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Holdout:
-    """Fit to the training images, score on these, on those held out and on the test split.
+class Holdout(Protocol):
+    """Fit, score on 10,000 training images, on those held out and on the test split.
 
     Attributes
     ----------
@@ -167,6 +179,7 @@ class Holdout:
         Whether confusion, accuracies of classes and confident predictions are drawn.
     """
 
+    fits_as_given: ClassVar[bool] = True
     validation: float = 0.0
     saved: bool = False
     pictured: bool = False
@@ -202,7 +215,7 @@ class Holdout:
 
 
 @dataclass(frozen=True)
-class UntilTrainAccuracy:
+class UntilTrainAccuracy(Protocol):
     """Train epoch by epoch, until the training images are recognised this well."""
 
     accuracy: float
@@ -211,7 +224,8 @@ class UntilTrainAccuracy:
     def __call__(self, estimator: Any, images: Images, scale: Scale) -> Outcome:
         seconds: list[float] = []
         reached = 0.0
-        while len(seconds) < self.most_epochs and reached <= self.accuracy:
+        most = min(self.most_epochs, scale.epochs)
+        while len(seconds) < most and reached <= self.accuracy:
             with _timed() as took:
                 estimator.partial_fit(images.X, images.y, classes=np.unique(images.y))
             seconds += took
@@ -224,7 +238,7 @@ class UntilTrainAccuracy:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Protocol):
     """Try all settings of a grid, trained together.
 
     Attributes
@@ -283,7 +297,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class TrainingSizes:
+class TrainingSizes(Protocol):
     """Train on shares of the training images, score on the test split."""
 
     shares: tuple[float, ...]
@@ -313,7 +327,7 @@ class TrainingSizes:
 
 
 @dataclass(frozen=True)
-class Projection:
+class Projection(Protocol):
     """Fit, then draw the images' positions in the plane by t-SNE.
 
     Attributes
@@ -322,6 +336,7 @@ class Projection:
         Whose output is projected, of a classifier; None takes what the estimator transforms to.
     """
 
+    fits_as_given: ClassVar[bool] = True
     layer: int | None = None
 
     def __call__(self, estimator: BaseEstimator, images: Images, scale: Scale) -> Outcome:
@@ -341,7 +356,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Look:
+class Look(Protocol):
     """Count the images and draw the first of them and their principal components."""
 
     def __call__(self, estimator: None, images: Images, scale: Scale) -> Outcome:
@@ -362,7 +377,7 @@ class Look:
         def components() -> Any:
             n = min(2_000, len(names))
             return plotting.EmbeddingDisplay.from_features(
-                images.X, names, method="pca", n_samples=n
+                images.X, names, method="pca", n_samples=n, random_state=0
             )
 
         def classes() -> Any:
@@ -372,7 +387,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Blur:
+class Blur(Protocol):
     """Filter images with a fixed Gaussian, and compare with SciPy's."""
 
     sigma: float = 0.8
@@ -401,13 +416,14 @@ class Blur:
 
 
 @dataclass(frozen=True)
-class Diverging:
+class Diverging(Protocol):
     """Fit a convolution to what another one says of the first images, which may end in an error.
 
     The class of an image is the number of the teacher's strongest output, each relative to its
     mean. Pixels are taken from 0 to 51, at which the squared error is too steep for a rate of 0.01.
     """
 
+    fits_as_given: ClassVar[bool] = True
     n_images: int = 100
 
     def __call__(self, estimator: Any, images: Images, scale: Scale) -> Outcome:
@@ -416,19 +432,26 @@ class Diverging:
         with _timed() as seconds:
             try:
                 estimator.fit(X, y)
+                diverged = ""
             except ValueError as error:
-                return Outcome({"converged": 0.0}, sum(seconds), note=str(error))
+                diverged = str(error)
+                if "training diverged" not in diverged:
+                    raise
+        if diverged:
+            return Outcome({"diverged": 1.0}, sum(seconds), note=diverged)
         wanted = np.eye(len(estimator.classes_))[np.searchsorted(estimator.classes_, y)]
         outputs = estimator.decision_function(X)
         figures = {
-            "converged": 1.0,
+            "diverged": 0.0,
+            "first loss": estimator.loss_curve_[0],
+            "last loss": estimator.loss_curve_[-1],
             "norm of the difference": float(np.linalg.norm(outputs - wanted)),
         }
         return Outcome(figures, sum(seconds), estimator.n_iter_, epoch_records(estimator))
 
 
 @dataclass(frozen=True)
-class Gradients:
+class Gradients(Protocol):
     """Compare gradients derived by hand with torch's, in float64, on the first images."""
 
     def __call__(self, estimator: None, images: Images, scale: Scale) -> Outcome:
@@ -451,6 +474,8 @@ def _timed() -> Iterator[list[float]]:
     seconds: list[float] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        # of a Pipeline's steps that have nothing to tell
+        warnings.filterwarnings("ignore", "The estimator .* does not support callbacks")
         start = time.perf_counter()
         try:
             yield seconds
@@ -567,12 +592,12 @@ class OneConvolution(nn.Sequential):
 def _strongest_output(
     X: NDArray[np.float32], image_shape: tuple[int, int, int]
 ) -> NDArray[np.int64]:
-    """The number of the strongest of four outputs of a convolution, relative to their means."""
+    """The number of the strongest of four filters' mean outputs, relative to their means."""
     height, width, channels = image_shape
     pixels = torch.from_numpy(X.reshape(-1, height, width, channels)).permute(0, 3, 1, 2)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        outputs = OneConvolution(image_shape, 4)(pixels)  # (n_samples, 4)
+    weights = torch.empty(4, channels, 5, 5)
+    weights.uniform_(generator=torch.Generator().manual_seed(0))
+    outputs = nn.functional.conv2d(pixels, weights).mean((2, 3))  # (n_samples, 4)
     return (outputs - outputs.mean(0)).argmax(1).numpy()
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from skcifar._command_line import (
 )
 from skcifar.reproduce import OURS, REPORT, SYSTEMS, reproduce
 
-ROWS = {"report": REPORT, "ours": OURS}
 DATA_NAMES = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
 
 
@@ -39,13 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="run every system")
     add("--list", action="store_true", help="print the systems, and run nothing")
     add("--table", action="store_true", help="print the records in --output as Markdown")
-    add("--rows", choices=list(ROWS), help="run only what the report describes, or only ours")
+    add("--rows", action="append", metavar="NAME", help=_ROWS_HELP)
     add("--quick", action="store_true", help="few images and epochs: shows that it runs, no more")
     add("--data-home", metavar="DIR", help="where data are kept; default: scikit-learn's data home")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1; default: auto")
     add("--seed", type=integer_from(0, 2**32 - 1), default=0, metavar="S", help="default: 0")
     add("--output", type=Path, metavar="DIR", help="write ID.json (ID.quick.json) and pictures")
     add("--quiet", action="store_true", help="no progress on stderr")
+
+
+_ROWS_HELP = f'run only rows whose names begin so, such as "{REPORT}" or "{OURS}"; may be repeated'
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         if arguments.output is None:
             raise UsageError("argument --table: name the folder of the records with --output")
+        if not arguments.output.is_dir():
+            raise UsageError(f"argument --output: there is no folder {arguments.output}")
         print(markdown_table(arguments.output))
         return 0
     tell = (lambda text: None) if arguments.quiet else announce
@@ -71,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         tell(f"[{position}/{len(names)}] {name}: {SYSTEMS[name].title}")
         rows = _rows(name, arguments.rows)
         if not rows:
-            not_run[name] = f'it has no row "{ROWS[arguments.rows]}"'
+            not_run[name] = f"it has no rows that begin so, only {list(SYSTEMS[name].rows)}"
             continue
         try:
             record = reproduce(
@@ -84,17 +89,16 @@ def run(arguments: argparse.Namespace) -> int:
                 folder=folder if has_matplotlib() else None,
                 progress=lambda row: tell(f"  {row}"),
                 callbacks=[] if arguments.quiet else _progress_bars(),
+                keep=None if folder is None else partial(_write, folder),
             )
-        except OSError as error:  # data or weights that cannot be had
-            not_run[name] = str(error)
-            continue
-        except (ValueError, RuntimeError) as error:
+        except UsageError:
+            raise
+        except Exception as error:  # of one system, which costs the others nothing
             not_run[name] = f"{type(error).__name__}: {error}"
-            failed = True
+            # data or weights that cannot be had are no fault of the system's
+            failed = failed or not isinstance(error, OSError)
             continue
         print("\n".join(_described(record)), flush=True)
-        if folder is not None:
-            _write(record, folder)
     for name, why in not_run.items():
         print(textwrap.shorten(f"{name}: not run: {why}", 3 * TABLE_WIDTH))
     return 1 if failed or len(not_run) == len(names) else 0
@@ -119,9 +123,9 @@ def _names(arguments: argparse.Namespace) -> list[str]:
     return list(SYSTEMS) if arguments.all else list(dict.fromkeys(arguments.ids))
 
 
-def _rows(name: str, kind: str | None) -> list[str]:
+def _rows(name: str, beginnings: list[str] | None) -> list[str]:
     rows = SYSTEMS[name].rows
-    return list(rows) if kind is None else [row for row in rows if row == ROWS[kind]]
+    return [row for row in rows if beginnings is None or row.startswith(tuple(beginnings))]
 
 
 def _listed() -> str:
@@ -159,32 +163,41 @@ def _described(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _figure(name: str, value: float) -> str:
-    return f"{value:.2%}" if "accuracy" in name else f"{value:.4g}"
+    if "accuracy" in name:
+        return f"{value:.2%}"
+    return f"{value:,.0f}" if "images" in name else f"{value:.4g}"
 
 
 # -- records as files ------------------------------------------------------------------------------
 
 
-def _write(record: dict[str, Any], folder: Path) -> None:
-    """Put the rows into the system's record, beside those that were not run again."""
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    """Put a record's rows into its file, beside those of earlier runs that it has not."""
     name = record["id"]
     path = folder / f"{name}{'.quick' if record['quick'] else ''}.json"
+    rows = {row["name"]: row for row in record["rows"]}
     if path.exists():
-        run_again = {row["name"] for row in record["rows"]}
-        kept = [row for row in _read(path)["rows"] if row["name"] not in run_again]
-        order = list(SYSTEMS[name].rows)
-        rows = [row for row in record["rows"] + kept if row["name"] in order]
-        record["rows"] = sorted(rows, key=lambda row: order.index(row["name"]))
-        record["pictures"] = [file for row in record["rows"] for file in row["pictures"]]
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        earlier = _read(path)
+        if earlier["provenance"]["data"]["sha256"] != record["provenance"]["data"]["sha256"]:
+            raise UsageError(f"{path} is of other images: name another --output, or remove it")
+        rows = {row["name"]: row for row in earlier["rows"]} | rows
+    if not record["rows"]:  # nothing is run yet: it was only to be seen that it can be written
+        return
+    order = [row for row in SYSTEMS[name].rows if row in rows]
+    merged = dict(record, rows=[rows[row] for row in order])
+    merged["pictures"] = [file for row in merged["rows"] for file in row["pictures"]]
+    with replacing(path) as partial_file:
+        text = json.dumps(merged, indent=1, ensure_ascii=False)
+        partial_file.write_text(text + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path} is no record: {error}; remove it") from error
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["provenance"]["data"]["sha256"], [row["pictures"] for row in record["rows"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is no record ({error!r}): remove it or mend it") from error
+    return record
 
 
 def markdown_table(folder: Path) -> str:
@@ -199,7 +212,9 @@ def markdown_table(folder: Path) -> str:
         if record is not None and record["provenance"]["data"]["variant"] == "recoded as JPEG":
             data += " (JPEG)"
         minutes = f", {system.minutes:g} min" if system.minutes else ""
-        cells = [_cell(name, record, row) for row in (REPORT, OURS)]
+        of_report = [row for row in system.rows if row.startswith(REPORT)]
+        ours = [row for row in system.rows if not row.startswith(REPORT)]
+        cells = [_cells(system.headline, record, rows) for rows in (of_report, ours)]
         lines.append(
             f"| {name}: {system.title} | {data} | {system.reported}{minutes} | "
             + " | ".join(cells)
@@ -213,15 +228,25 @@ def _record_of(name: str, folder: Path) -> dict[str, Any] | None:
     return next((_read(path) for path in paths if path.exists()), None)
 
 
-def _cell(name: str, record: Mapping[str, Any] | None, row_name: str) -> str:
-    if row_name not in SYSTEMS[name].rows:
-        return ""
-    rows = [] if record is None else [row for row in record["rows"] if row["name"] == row_name]
+def _cells(headline: str, record: Mapping[str, Any] | None, names: list[str]) -> str:
+    return "; ".join(_cell(headline, record, name) for name in names)
+
+
+def _cell(headline: str, record: Mapping[str, Any] | None, name: str) -> str:
+    """A row's headline figure and its seconds, behind what sets the row apart, if anything."""
+    apart = name.removeprefix(REPORT).removeprefix(OURS).lstrip(", ")
+    apart = f"{apart}: " if apart else ""
+    rows = [] if record is None else [row for row in record["rows"] if row["name"] == name]
     if not rows:
-        return "not yet run"
+        return f"{apart}not yet run"
     assert record is not None
     row = rows[0]
-    figure = row["figures"].get(record["headline"])
-    text = "picture" if figure is None else _figure(record["headline"], figure)
+    if headline in row["figures"]:
+        text = _figure(headline, row["figures"][headline])
+    elif row["pictures"]:
+        text = "picture"
+    else:
+        figure, value = next(iter(row["figures"].items()))
+        text = f"{figure} {_figure(figure, value)}"
     text += f", {row['seconds']:.0f} s"
-    return f"{text} (scaled down)" if record["quick"] else text
+    return f"{apart}{text}{' (scaled down)' if record['quick'] else ''}"

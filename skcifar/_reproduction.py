@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import warnings
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sklearn.base import BaseEstimator
-from sklearn.pipeline import Pipeline
 
 from skcifar import datasets
+from skcifar._device import resolve_device
 from skcifar._fitted import describe
 from skcifar._protocols import (
     FULL,
@@ -91,22 +92,17 @@ def run(
     folder: str | os.PathLike[str] | None,
     progress: Callable[[str], None] | None,
     callbacks: Sequence[Any],
+    keep: Callable[[dict[str, Any]], None] | None,
 ) -> dict[str, Any]:
     """The record of a system, some of whose rows are run with estimators of these settings."""
+    if folder is not None:
+        import matplotlib.pyplot  # noqa: F401 - before hours of training, not after
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
     scale = QUICK if quick else FULL
     images = read(system.data, settings["data_home"], tuple(system.classes or ()))
     fewer, scaled = smaller(images, scale)
-    records = []
-    for row_name in rows:
-        if progress is not None:
-            progress(row_name)
-        row = system.rows[row_name]
-        outcome = _run_row(row, fewer, scale, settings, callbacks)
-        record = _recorded(row_name, row, outcome, scaled)
-        if folder is not None:
-            record["pictures"] = _drawn(f"{name}-{_slug(row_name)}", outcome, Path(folder))
-        records.append(record)
-    return {
+    record: dict[str, Any] = {
         "schema": SCHEMA,
         "id": name,
         "title": system.title,
@@ -114,11 +110,26 @@ def run(
         "reported": system.reported,
         "reported_minutes": system.minutes,
         "headline": system.headline,
-        "rows": records,
-        "pictures": [file for record in records for file in record["pictures"]],
+        "rows": [],
+        "pictures": [],
         "note": system.note,
-        "provenance": _provenance(name, system, images, quick, settings["random_state"]),
+        "provenance": _provenance(name, system, images, rows, quick, settings),
     }
+    if keep is not None:
+        keep(record)
+    for row_name in rows:
+        if progress is not None:
+            progress(row_name)
+        outcome = _run_row(system.rows[row_name], fewer, scale, settings, callbacks)
+        row = _recorded(row_name, system.rows[row_name], outcome, scaled, settings)
+        if folder is not None:
+            stem = f"{name}{'.quick' if quick else ''}-{_slug(row_name)}"
+            row["pictures"] = _drawn(stem, outcome, Path(folder))
+        record["rows"].append(row)
+        record["pictures"] += row["pictures"]
+        if keep is not None:
+            keep(record)
+    return record
 
 
 def read(data: str, data_home: Any, classes: tuple[int | str, ...]) -> Images:
@@ -146,9 +157,9 @@ def _run_row(
         if estimator is None:
             return row.protocol(None, images, scale)
         ready = with_everywhere(scale.estimator(estimator), **settings)
-        for step in ready if isinstance(ready, Pipeline) else [ready]:
-            if callbacks and hasattr(step, "set_callbacks"):
-                step.set_callbacks(*callbacks)
+        # scikit-learn wants them on what fit is called of, not on what that one clones
+        if callbacks and row.protocol.fits_as_given and hasattr(ready, "set_callbacks"):
+            ready.set_callbacks(*callbacks)
         return row.protocol(ready, images, scale)
 
     if isinstance(row.estimator, Mapping):
@@ -156,15 +167,18 @@ def _run_row(
     return run(row.estimator)
 
 
-def _recorded(name: str, row: Row, outcome: Outcome, scaled: str | None) -> dict[str, Any]:
+def _recorded(
+    name: str, row: Row, outcome: Outcome, scaled: str | None, settings: dict[str, Any]
+) -> dict[str, Any]:
     if isinstance(row.estimator, Mapping):
         estimator = "; ".join(f"{label}: {describe(e)}" for label, e in row.estimator.items())
     else:
         estimator = "" if row.estimator is None else describe(row.estimator)
+    summary = (inspect.getdoc(row.protocol) or "").partition("\n")[0]
     return {
         "name": name,
         "estimator": estimator,
-        "protocol": repr(row.protocol),
+        "protocol": f"{row.protocol!r}: {summary}",
         "scaled": scaled,
         "figures": outcome.figures,
         "reported_figures": dict(row.reported),
@@ -176,6 +190,8 @@ def _recorded(name: str, row: Row, outcome: Outcome, scaled: str | None) -> dict
         "note": outcome.note,
         "pictures": [],
         "date": now(),
+        "seed": settings["random_state"],
+        "device": str(resolve_device(settings["device"])),
         "machine": machine(),
         "versions": versions(),
     }
@@ -207,12 +223,23 @@ def _drawn(stem: str, outcome: Outcome, folder: Path) -> list[str]:
     return files
 
 
-def _provenance(name: str, system: System, images: Images, quick: bool, seed: int) -> dict:
+def _provenance(
+    name: str,
+    system: System,
+    images: Images,
+    rows: Sequence[str],
+    quick: bool,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
     data = data_provenance(
         system.data,
         *images[:4],
         image_shape=images.image_shape,
         class_names=images.names(),
     )
-    command = ["reproduce", name, *(["--quick"] if quick else []), "--seed", str(seed)]
+    command = ["reproduce", name, *(["--quick"] if quick else [])]
+    if len(rows) < len(system.rows):
+        command += [word for row in rows for word in ("--rows", row)]
+    command += ["--device", str(settings["device"]), "--seed", str(settings["random_state"])]
+    seed = settings["random_state"]
     return provenance("reproduction", system.title, seed, data, command=command)
