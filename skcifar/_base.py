@@ -135,20 +135,22 @@ class TorchEstimator(BaseEstimator):
         n_features = rows.shape[1]
         if self.image_shape is None:
             return given_shape or self._guess_image_shape(rows)
-        shape = tuple(int(size) for size in self.image_shape)
+        shape = tuple(self.image_shape)
         shape = (*shape, 1) if len(shape) == 2 else shape
-        if len(shape) != 3 or math.prod(shape) != n_features:
+        whole = all(isinstance(size, (int, np.integer)) and size > 0 for size in shape)
+        if not whole or len(shape) != 3 or math.prod(shape) != n_features:
             raise ValueError(
                 f"image_shape={self.image_shape!r} does not fit X, whose rows have {n_features} "
-                "features; expected (height, width) or (height, width, channels) whose product "
-                f"is {n_features}."
+                "features; expected (height, width) or (height, width, channels), whole numbers "
+                f"whose product is {n_features}."
             )
         if given_shape is not None and given_shape != shape:
             raise ValueError(
                 f"image_shape={self.image_shape!r}, but X holds images of shape {given_shape} "
                 "(height, width, channels); leave image_shape=None, or correct layout."
             )
-        return shape
+        height, width, channels = map(int, shape)
+        return height, width, channels
 
     def _guess_image_shape(self, rows: Tensor) -> tuple[int, int, int]:
         """Of flat rows: square images to a network of convolutions, where the length allows."""

@@ -355,6 +355,8 @@ class TorchClassifier(ClassifierMixin, SupervisedEstimator):
 
     def _steps_to(self, layer: int) -> list[Step]:
         """What leads from the images to a hidden layer's output."""
+        if isinstance(layer, bool):  # which is an int
+            raise TypeError(f"layer must be an instance of int, not {layer}.")
         check_scalar(layer, "layer", Integral)
         steps = hidden_steps(self.module_)
         name, n_layers = type(self).__name__, len(steps)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -109,12 +110,22 @@ _IMAGE_SIZE_HELP = (
 
 
 def _data(text: str) -> str:
-    if text in DATA or (text and Path(text).is_dir()):
+    if text in DATA:
         return text
-    raise argparse.ArgumentTypeError(
-        f"invalid choice: {text!r} (choose from {', '.join(DATA)}, or name a folder of images: "
-        "there is no such folder)"
-    )
+    if not (text and Path(text).is_dir()):
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(DATA)}, or name a folder of "
+            "images: there is no such folder)"
+        )
+    name = Path(text).resolve().name
+    try:
+        (text + name).encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"the name of the folder {os.fsencode(text)!r} ({os.fsencode(name)!r}) is not UTF-8, "
+            "so that results could not name it; rename the folder"
+        ) from error
+    return text
 
 
 def integer_from(low: int, high: float = float("inf")) -> Callable[[str], int]:
@@ -232,10 +243,20 @@ def _read_folder(arguments: argparse.Namespace, classes: list[int | str] | None)
         classes=None if classes is None else [str(one) for one in classes],
         verbose=not arguments.quiet,
     )
-    train = load(subset="train")
-    held_out = load(subset="test") if "test" in train.subsets else None
+    with _each_warning_once():
+        train = load(subset="train")
+        held_out = load(subset="test") if "test" in train.subsets else None
     name = f"folder {path.resolve().name}"
     return _splits(name, f"folder {path}", train, held_out, arguments)
+
+
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """Tell what is warned of within at its end: of the whole folder it is warned with each part."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        warnings.warn(text, UserWarning, stacklevel=1)
 
 
 def _splits(

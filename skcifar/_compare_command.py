@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         try:
             _write_results(table, splits, arguments, title, tell)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"cannot write the results: {error}") from error
     return 1 if table["cv_mean"].isna().all() else 0
 
@@ -203,11 +203,13 @@ def _predictions(
 ) -> pd.DataFrame:
     """All models', the best first, with names of classes in place of codes."""
     frames = [pd.DataFrame(columns=PREDICTION_COLUMNS)]
+    names = dict(enumerate(class_names))
     for model in table["model"]:
         if model in predictions:
             frame = pd.DataFrame(predictions[model]).assign(model=model)
             for column in "actual", "predicted":
-                frame[column] = [class_names[code] for code in frame[column]]
+                # a model may predict what is no class, such as a label of outliers
+                frame[column] = [names.get(code, str(code)) for code in frame[column]]
             frames.append(frame.astype({"confidence": float})[PREDICTION_COLUMNS])
     return pd.concat(frames[1:] or frames, ignore_index=True)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
 PARTS = ("train", "test")  # in this order
+PART_OF = {"train": "train", "training": "train", "test": "test", "testing": "test"}  # any case
 SUFFIXES = set(
     ".avif .bmp .dib .gif .heic .heif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm "
     ".tif .tiff .webp".split()
@@ -61,6 +62,12 @@ class Folder:
         Image files whose header is no good.
     empty : list of Path
         Class folders without any image file.
+    nested : list of Path
+        Class folders whose images all lie in folders of their own.
+    left_out : list of Path
+        Folders with images beside those of the parts.
+    stray : list of Path
+        Image files in the folder of a part, in no class.
     n_skipped : int
         Hidden files, those of another kind, and what lies outside the classes.
     """
@@ -70,6 +77,9 @@ class Folder:
     class_names: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, Path, str]] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)
+    nested: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+    stray: list[Path] = field(default_factory=list)
     n_skipped: int = 0
 
     def of(self, parts: list[str], class_names: list[str]) -> list[File]:
@@ -84,9 +94,12 @@ def look_over(path: Path) -> Folder:
         raise FileNotFoundError(f"{path} {what}; expected a folder of images, {_LAYOUTS}.")
     folder = Folder(path)
     for part, place in _places(folder):
+        _check_name(place)
         found = list(_image_files(folder, part, place))
         if not found:
             folder.empty.append(place)
+        elif all(file.parent != place for file in found):
+            folder.nested.append(place)
         for file in found:
             _read_header(folder, File(file, part, place.name), pillow)
     folder.class_names = sorted({file.class_name for file in folder.files})
@@ -137,10 +150,32 @@ def warn_of(found: Folder, n_read: int, unreadable: list[tuple[Path, str]]) -> N
             f"{len(unreadable):,} of {n_read + len(unreadable):,} image files in {found.path} "
             f"cannot be read and are left out: {named(found, unreadable)}."
         )
+    told += _remarks(found)
+    for sentence in told:
+        warnings.warn(sentence, UserWarning, stacklevel=3)  # at who calls the loader
+
+
+def _remarks(found: Folder) -> list[str]:
+    """What may not be as it was meant, in sentences."""
+    told = []
     if found.empty:
-        told.append(f"No image files are in {_few([str(p) for p in found.empty])}.")
-    if told:
-        warnings.warn(" ".join(told), UserWarning, stacklevel=3)  # at who calls the loader
+        told.append(f"No image files are in {_few_paths(found.empty)}.")
+    if found.nested:
+        told.append(
+            f"All images of {_few_paths(found.nested)} lie in folders inside; each of the former "
+            "was taken for one class, whatever the folders inside are called."
+        )
+    if found.left_out:
+        told.append(
+            f"The images in {_few_paths(found.left_out)} are left out: only folders of classes in "
+            "a training and a test folder are read; move there what is to be used."
+        )
+    if found.stray:
+        told.append(
+            f"Image files beside the folders of classes are left out ({len(found.stray):,}): "
+            f"{_few_paths(found.stray)}."
+        )
+    return told
 
 
 def named(found: Folder, files: list[tuple[Path, str]]) -> str:
@@ -166,6 +201,10 @@ def import_pillow() -> SimpleNamespace:
     return SimpleNamespace(Image=Image, ImageOps=ImageOps)
 
 
+def _few_paths(paths: list[Path]) -> str:
+    return _few([str(path) for path in paths])
+
+
 def _few(items: list[str]) -> str:
     more = len(items) - FIRST_FEW
     return ", ".join(items[:FIRST_FEW]) + (f" and {more:,} more" if more > 0 else "")
@@ -179,29 +218,72 @@ _LAYOUTS = "with a folder for each class (DIR/cat/1.png), or these in DIR/train 
 def _places(folder: Folder) -> list[tuple[str, Path]]:
     """The part and the folder of each class."""
     inside = _class_folders(folder, folder.path)
-    if not any(each.name == "train" and _is_part(each) for each in inside):
+    parts = _part_folders(folder, inside)
+    if "train" not in parts:
         return [("train", each) for each in inside]
-    parts = [each for name in PARTS for each in inside if each.name == name]
-    folder.n_skipped += len(inside) - len(parts)
-    return [(part.name, each) for part in parts for each in _class_folders(folder, part)]
+    for beside in (each for each in inside if each not in parts.values()):
+        folder.n_skipped += 1
+        if _holds_images(beside):
+            folder.left_out.append(beside)
+        elif beside.name.lower() in PART_OF:
+            folder.empty.append(beside)
+    for part in parts.values():
+        entries = (each for each in sorted(part.iterdir()) if not _is_hidden(each.name))
+        folder.stray += filter(_is_image, entries)
+    places = [(name, parts[name]) for name in PARTS if name in parts]
+    return [(name, each) for name, part in places for each in _class_folders(folder, part)]
+
+
+def _part_folders(folder: Folder, inside: list[Path]) -> dict[str, Path]:
+    """Those which are named like a part and hold classes; a class of trains, say, does not."""
+    parts: dict[str, Path] = {}
+    for each in inside:
+        name = PART_OF.get(each.name.lower())
+        if name is None or not any(map(_holds_images, _subfolders(folder, each))):
+            continue
+        if name in parts:
+            raise ValueError(
+                f"{folder.path} has two folders for the {name} images, {parts[name].name} and "
+                f"{each.name}; expected one: merge them, or move one elsewhere."
+            )
+        parts[name] = each
+    return parts
 
 
 def _class_folders(folder: Folder, path: Path) -> list[Path]:
-    """The folders in `path`, sorted; a link to one is good, one that leads back up is not."""
-    above = {parent.resolve() for parent in [folder.path, path, *path.resolve().parents]}
-    found = []
-    for each in sorted(path.iterdir()):
-        if not _is_hidden(each.name) and each.is_dir() and each.resolve() not in above:
-            found.append(each)
-        else:
-            folder.n_skipped += 1
+    found = _subfolders(folder, path)
+    folder.n_skipped += len(list(path.iterdir())) - len(found)
     return found
 
 
-def _is_part(path: Path) -> bool:
-    """Whether a folder "train" holds classes, and is not itself a class, of trains, say."""
-    entries = [each for each in path.iterdir() if not _is_hidden(each.name)]
-    return any(each.is_dir() for each in entries) and not any(map(_is_image, entries))
+def _subfolders(folder: Folder, path: Path) -> list[Path]:
+    """The folders in `path`, sorted; a link to one is good, one that leads back up is not."""
+    above = {parent.resolve() for parent in [folder.path, path, *path.resolve().parents]}
+    return [
+        each
+        for each in sorted(path.iterdir())
+        if not _is_hidden(each.name) and each.is_dir() and each.resolve() not in above
+    ]
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether there is a file named like an image at any depth."""
+    for directory, subfolders, names in os.walk(path):
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        if any(not _is_hidden(name) and _is_image(Path(directory, name)) for name in names):
+            return True
+    return False
+
+
+def _check_name(place: Path) -> None:
+    """Refuse the name of a class that cannot be written to a table, after hours of training."""
+    try:
+        place.name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the name of the class folder {os.fsencode(place)!r} is not UTF-8, so that the class "
+            "could not be written to files; rename the folder."
+        ) from error
 
 
 def _image_files(folder: Folder, part: str, place: Path) -> Iterator[Path]:
@@ -280,8 +362,10 @@ def _too_few_classes(folder: Folder, path: Path) -> str:
     if not folder.files and folder.unreadable:
         return f"none of the {len(folder.unreadable):,} image files in {path} can be read: {files}"
     found = f"the images of one class only, {folder.class_names[0]}" if folder.files else "no image"
-    text = f"{path} holds {found}; expected those of two or more, {_LAYOUTS}."
-    return text + (f" What cannot be read: {files}." if files else "")
+    text = [f"{path} holds {found}; expected those of two or more, {_LAYOUTS}."]
+    if files:
+        text.append(f"What cannot be read: {files}.")
+    return " ".join(text + _remarks(folder))
 
 
 # -- pixels ----------------------------------------------------------------------------------------
@@ -323,7 +407,12 @@ def _pixels(
 def _in_mode(image: PillowImage, grey: bool, pillow: SimpleNamespace) -> PillowImage:
     """Convert to L or RGB: transparent over white, 16 bits to 8."""
     if image.mode in SIXTEEN_BITS:
-        values = np.clip(np.asarray(image).astype(np.float64), 0, 65_535)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65_535:  # of 32 bits
+            raise ValueError(
+                f"pixels are integers from {values.min():,} to {values.max():,}, of which no "
+                "range is known; 0 to 65,535 are read"
+            )
         image = pillow.Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_results(table, search.epoch_results_, arguments.output, title, tell)
             parameters = table.attrs["parameters"]
             write_provenance(arguments, "sweep", title, splits, parameters=parameters)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"cannot write the results: {error}") from error
     if table["score_mean"].isna().all():
         return 1

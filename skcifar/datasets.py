@@ -331,7 +331,8 @@ def load_image_folder(
     """Load one's own images: a folder of image files for each class.
 
     The folder has a subfolder for each class (`pets/cat/1.png`), or two subfolders `train` and
-    `test` which have these (`pets/train/cat/1.png`). Files may be AVIF, BMP, GIF (its first
+    `test` which have these (`pets/train/cat/1.png`); they may be called `training` and `testing`,
+    too, in capitals or not. Files may be AVIF, BMP, GIF (its first
     picture), JPEG, JPEG 2000, PNG, PBM to PPM, TIFF or WebP, of any size and colour mode, at any
     depth below their class. They are turned as their EXIF data say, transparent ones laid on
     white. Files that cannot be read are left out, with a warning. Pillow is needed: `pip install
@@ -346,8 +347,8 @@ def load_image_folder(
         proportions, until it just covers that size, and what juts out on two sides is cut off
         evenly. None keeps the size that all images must then have.
     subset : {"train", "test", "all"}, default="train"
-        What is in `train`, in `test`, or both in this order. Without such folders all images are
-        training images.
+        What is in `train`, in `test`, or both in this order. Without a folder `train` in which
+        there are folders with images, all images are training images.
     classes : iterable of int or str, default=None
         The classes to keep, by code or by name; all by default. The images keep their order and
         their codes.
@@ -392,7 +393,8 @@ def load_image_folder(
     ------
     ValueError
         If `subset`, `classes` or `image_size` is not as described, there are fewer than two
-        classes, no file can be read, or `image_size` is None and sizes differ.
+        classes, the name of one is not UTF-8, there are two folders for training or test images,
+        no file can be read, or `image_size` is None and sizes differ.
     OSError
         If there is no such folder.
     ImportError
@@ -401,9 +403,12 @@ def load_image_folder(
     Warns
     -----
     UserWarning
-        With the number of files that cannot be read and the first few of them, and with the
-        folders of classes that hold no image. Files of more pixels than Pillow deems safe
-        (`PIL.Image.MAX_IMAGE_PIXELS`) are not read.
+        With the number of files that cannot be read and the first few of them; with the folders
+        of classes that hold no image, or only in folders of their own; with folders of images
+        beside `train` and `test` (of validation images, say), and image files in these that are
+        in no class: both are left out. Files of more pixels than Pillow deems safe
+        (`PIL.Image.MAX_IMAGE_PIXELS`) are not read, nor are those whose pixels are floating-point
+        numbers, or integers beyond 0 to 65,535.
 
     Examples
     --------

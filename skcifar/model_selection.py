@@ -132,7 +132,9 @@ def compare(
         "left out", for rows of `X`, predicted by the models of the folds that leave them out,
         fold after fold. ``row`` counts the rows of that part from 0, ``actual`` and
         ``predicted`` are labels, ``confidence`` is the probability of the predicted one, None
-        where the model gives no probabilities. Apart from ``part``, which is one text, they are
+        where the model gives none: it has no probabilities, or they cannot be computed, or the
+        label is not among its ``classes_``. A model whose ``predict`` raises keeps its row and
+        scores, and is not in this mapping. Apart from ``part``, which is one text, they are
         lists of Python's own values.
 
     Raises
@@ -250,6 +252,7 @@ class _Study:
         self.history: list[dict[str, Any]] = []
         self.traceback: str | None = None
         self.predictions: dict[str, Any] | None = None
+        self.no_predictions: str | None = None  # why not, of a model that was scored
 
     def run(self, protocol: _Protocol) -> None:
         def announce(level: int, text: str) -> None:
@@ -264,11 +267,13 @@ class _Study:
                 announce(2, "fit on all training rows")
                 self._score_held_out(protocol)
         except Exception as error:  # KeyboardInterrupt is none and ends the comparison
-            self.row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+            self.row["error"] = _in_one_line(error)
             self.traceback = traceback.format_exc()
             outcome = f"failed with {self.row['error']}"
         else:
             outcome = "{cv_mean:.4f} ± {cv_std:.4f}".format(**self.row)
+            if self.no_predictions is not None:
+                outcome += f", without predictions: {self.no_predictions}"
         announce(1, f"{outcome} ({time.perf_counter() - start:.1f} s)")
 
     def _cross_validate(self, protocol: _Protocol, announce: Callable[[str], None]) -> None:
@@ -313,14 +318,21 @@ class _Study:
         self._predict("test", [fitted], protocol.X_test, protocol.y_test, [(every_row, every_row)])
 
     def _predict(self, part: str, fitted: list[Any], X: Any, y: Any, splits: list[Split]) -> None:
-        """Keep what each model says of the rows that its split scores."""
-        if not hasattr(fitted[0], "predict"):  # a scorer may want something else
+        """Keep what each model says of the rows that its split scores.
+
+        A scorer may want nothing of `predict`, so that scores are no worse where it fails.
+        """
+        if not hasattr(fitted[0], "predict"):
             return
         rows = [np.arange(len(np.asarray(y)))[scored] for _, scored in splits]  # of masks, too
-        said = [
-            _predictions(model, _safe_indexing(X, scored))
-            for model, scored in zip(fitted, rows, strict=True)
-        ]
+        try:
+            said = [
+                _predictions(model, _safe_indexing(X, scored))
+                for model, scored in zip(fitted, rows, strict=True)
+            ]
+        except Exception as error:
+            self.no_predictions = _in_one_line(error)
+            return
         row = np.concatenate(rows)
         self.predictions = {
             "part": part,
@@ -331,18 +343,31 @@ class _Study:
         }
 
 
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _predictions(model: Any, X: Any) -> tuple[list[Any], list[float | None]]:
-    """Labels, and the probability of each; those of a model without probabilities are None."""
-    labels = np.asarray(model.predict(X))
-    unknown: list[float | None] = [None] * len(labels)
-    if not (hasattr(model, "predict_proba") and hasattr(model, "classes_")):
-        return labels.tolist(), unknown
-    probabilities, classes = model.predict_proba(X), np.asarray(model.classes_)
-    if np.ndim(probabilities) != 2 or labels.ndim != 1:  # several outputs
-        return labels.tolist(), unknown
-    # not the largest of each row: a tuned threshold may predict another class
-    columns = np.searchsorted(classes, labels)  # scikit-learn's classes_ are sorted
-    return labels.tolist(), np.asarray(probabilities)[np.arange(len(labels)), columns].tolist()
+    """Labels, and the probability of each, None where there is none."""
+    labels = np.asarray(model.predict(X)).tolist()
+    try:
+        return labels, _confidences(model, X, labels)
+    except Exception:  # predict_proba need not work where predict does
+        return labels, [None] * len(labels)
+
+
+def _confidences(model: Any, X: Any, labels: list[Any]) -> list[float | None]:
+    # By label, for classes_ need not be sorted, and a label need not be among them (that of
+    # outliers). Not the largest of each row: a tuned threshold may predict another class.
+    column_of = {label: column for column, label in enumerate(np.asarray(model.classes_).tolist())}
+    probabilities = np.asarray(model.predict_proba(X))
+    if probabilities.shape != (len(labels), len(column_of)):  # several outputs
+        return [None] * len(labels)
+    columns = [column_of.get(label) for label in labels]
+    return [
+        None if column is None else float(row[column])
+        for row, column in zip(probabilities, columns, strict=True)
+    ]
 
 
 class _AnnouncedSplits:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
 from sklearn.utils import Tags
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 __all__ = ["GaussianBlur"]
@@ -41,8 +42,9 @@ class GaussianBlur(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         pixels or beside them, these pixels repeated, the opposite side, or 0.
     image_shape : tuple of int, default=None
         (height, width) or (height, width, channels) of flat rows. Flat rows of s² or 3s² features
-        with s >= 8 are taken for square images without it. Other rows are images of one pixel,
-        which no filter changes, as they are to a `CNNClassifier`.
+        with s >= 8 are taken for square images without it. Other rows are images of one pixel, as
+        they are to a `CNNClassifier`: of the borders only "constant" changes them, by making
+        them darker.
     layout : {"HWC", "CHW"}, default="HWC"
         Order of height, width and channels in rows and images.
     device : "auto", str or torch.device, default="auto"
@@ -129,7 +131,8 @@ class GaussianBlur(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            When `kernel_size` is even, or `image_shape` does not fit X.
+            When `kernel_size` is even, or `image_shape` is not of positive integers or does not
+            fit X.
         """
         if self.kernel_size % 2 == 0:
             raise ValueError(
@@ -158,10 +161,12 @@ class GaussianBlur(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            When X holds images of another shape than in fit, or there is no such device.
+            When X holds images of another shape than in fit, there is no such device, or
+            `set_output` asks for a data frame while X is not flat rows.
         """
         check_is_fitted(self)
         rows, given_shape = self._validated(X, reset=False)
+        self._check_output(X, given_shape)
         if given_shape not in (None, self.image_shape_):
             raise ValueError(
                 f"X holds images of shape {given_shape} (height, width, channels), but "
@@ -218,7 +223,7 @@ class GaussianBlur(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         n_features = rows.shape[1]
         if self.image_shape is None:
             return given_shape or _guessed_shape(rows)
-        shape = tuple(int(size) for size in self.image_shape)
+        shape = _checked_shape(self.image_shape)
         shape = (*shape, 1) if len(shape) == 2 else shape
         if len(shape) != 3 or math.prod(shape) != n_features or given_shape not in (None, shape):
             found = f"images of shape {given_shape}" if given_shape else f"{n_features} features"
@@ -227,6 +232,16 @@ class GaussianBlur(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 "(height, width) or (height, width, channels) of the images, or None."
             )
         return shape
+
+    def _check_output(self, X: Any, given_shape: ImageShape | None) -> None:
+        """Refuse to make a data frame, whose rows are flat, of images."""
+        container = _get_output_config("transform", self)["dense"]
+        if given_shape is not None and container != "default":
+            raise ValueError(
+                f"X holds images, of shape {np.shape(X)}, of which there is no data frame, but "
+                f"set_output(transform={container!r}) asks for one; give X.reshape(len(X), -1) "
+                f"and image_shape={given_shape}, or set_output(transform='default')."
+            )
 
     def _resolved_device(self) -> torch.device:
         if isinstance(self.device, str) and self.device == "auto":
@@ -243,6 +258,17 @@ class GaussianBlur(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def _checked_shape(image_shape: Any) -> tuple[int, ...]:
+    sizes = tuple(image_shape)
+    whole = all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes)
+    if not whole or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"image_shape={image_shape!r} is not of positive integers; expected (height, width) or "
+            "(height, width, channels) of the images in pixels, or None."
+        )
+    return tuple(int(size) for size in sizes)
 
 
 def _blurring_matrix(size: int, profile: NDArray[Any], border: str) -> NDArray[Any]:

@@ -199,6 +199,8 @@ def test__images_of_another_shape__are_refused_with_both_shapes(digits):
     ("shape", "message"),
     [
         ((7, 9), "does not fit X, whose rows have 64 features"),
+        ((8.5, 8), "whole numbers"),
+        ((-8, -8), "whole numbers"),
         ((2, 4, 8), "X holds images of shape"),
     ],
 )

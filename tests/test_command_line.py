@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +136,19 @@ def test__bad_file_in_a_folder__is_a_warning_of_one_line(
     assert len(X) == 18
 
 
+def test__warnings_about_a_folder__are_told_once(image_folder, monkeypatch, capsys, recwarn):
+    (image_folder / "train").rename(image_folder / "Training")
+    shutil.copytree(image_folder / "test" / "cat", image_folder / "valid" / "cat")
+    for part in "test", "Training":
+        (image_folder / part / "cat" / "bad.png").write_text("no image")
+    _, X, _, X_test, _ = recorded_rows(monkeypatch, "--data", image_folder)
+    lines = [t for t in capsys.readouterr().err.splitlines() if t.startswith("skcifar: warning")]
+    assert len(lines) == 3
+    assert sum(f"The images in {image_folder}/valid are left out" in t for t in lines) == 1
+    assert [" 1 of 19 " in lines[0], " 1 of 10 " in lines[2]] == [True, True]
+    assert (len(X), len(X_test)) == (18, 9)
+
+
 def test__folder_that_cannot_be_used__is_one_line(tmp_path, error_line, image_folder):
     line = error_line("compare", "--data", str(tmp_path / "nowhere"))
     assert "choose from digits, mnist, cifar10" in line and "no such folder" in line
@@ -146,6 +162,25 @@ def test__folder_that_cannot_be_used__is_one_line(tmp_path, error_line, image_fo
     assert "4 is out of range: give at least 8" in line
     line = error_line("sweep", "--grid", "alpha=0", "--data", str(image_folder), "--classes", "0,1")
     assert "names ['0', '1'], which do not exist" in line and "7, cat, dog" in line
+
+
+def renamed(path, name):
+    try:
+        return path.rename(path.with_name(os.fsdecode(name)))
+    except OSError:
+        pytest.skip("this file system wants names in UTF-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX systems only")
+def test__names_that_are_not_utf8__are_refused_before_any_training(image_folder, error_line):
+    cats = renamed(image_folder / "train" / "cat", b"caf\xe9")
+    line = error_line("compare", "--data", str(image_folder))
+    assert f"class folder {os.fsencode(cats)!r} is not UTF-8" in line
+    pets = renamed(image_folder, b"p\xe9ts")
+    for command in ["compare"], ["sweep", "--grid", "alpha=0"]:
+        line = error_line(*command, "--data", str(pets))
+        assert f"argument --data: the name of the folder {os.fsencode(pets)!r}" in line
+        assert "is not UTF-8" in line and line.endswith("rename the folder")
 
 
 def test__interrupted_write__leaves_the_old_file_alone(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.model_selection import cross_val_predict
+from sklearn.neighbors import RadiusNeighborsClassifier
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
 
@@ -227,6 +228,31 @@ def test__all_models_failing__leaves_empty_predictions(models, tmp_path):
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 0
     with np.load(tmp_path / "gallery.npz") as gallery:
         assert gallery["images"].shape == (0, 8, 8) and gallery["rows"].shape == (0,)
+
+
+@pytest.mark.filterwarnings("ignore:Outlier label")
+def test__label_that_is_no_class__is_written_as_it_is(models, tmp_path):
+    models["radius"] = lambda device: RadiusNeighborsClassifier(radius=20, outlier_label=-1)
+    arguments = ["--models", "radius", "--cv", "2", "--output", str(tmp_path), "--quiet"]
+    assert main(["compare", *arguments]) == 0
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert set(predictions["predicted"]) == {-1, *range(10)}
+    assert (predictions["confidence"].isna() == (predictions["predicted"] == -1)).all()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such character")])
+def test__results_that_cannot_be_written__are_printed_and_one_line(
+    tmp_path, monkeypatch, capsys, error
+):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(_compare_command, "write_provenance", fail)
+    arguments = ["--models", "dummy", "--output", str(tmp_path), "--quiet"]
+    assert main(["compare", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[3].startswith("dummy ")
+    assert err == f"skcifar: error: cannot write the results: {error}\n"
 
 
 def test__title_with_dollar_signs__is_drawn_as_it_is():

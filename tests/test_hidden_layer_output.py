@@ -289,6 +289,9 @@ def test__layer_out_of_range__error_gives_the_number_of_layers(model, layer):
 def test__layer_that_is_no_integer__is_refused(model):
     with pytest.raises(TypeError, match="layer must be an instance of int"):
         model.hidden_layer_output(DIGITS, "dense")
+    for layer in True, False:
+        with pytest.raises(TypeError, match=f"layer must be an instance of int, not {layer}"):
+            model.hidden_layer_output(DIGITS, layer)
 
 
 def test__rows_of_another_length__are_refused(model):

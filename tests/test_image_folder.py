@@ -65,8 +65,9 @@ def test__tuple_and_as_images__are_those_of_the_bunch(pets):
 def split(tmp_path):
     """Training and test images, of which either has a class that the other lacks."""
     files = ["train/ant/1.png", "train/cat/1.png", "train/cat/2.png", "test/cat/1.png"]
-    for seed, name in enumerate([*files, "test/bee/1.png", "valid/ant/1.png"]):
+    for seed, name in enumerate([*files, "test/bee/1.png"]):
         save(tmp_path / "split" / name, random_pixels(seed))
+    (tmp_path / "split" / "notes").mkdir()
     return tmp_path / "split"
 
 
@@ -82,6 +83,90 @@ def test__train_and_test_folders__are_subsets_with_codes_in_common(split, subset
         seeds, codes = [0, 1, 2, 4, 3], [0, 2, 2, 1, 2]
     assert bunch.target.tolist() == codes
     np.testing.assert_array_equal(bunch.images, np.stack([random_pixels(s) for s in seeds]))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "Testing")]
+)
+def test__parts_by_other_names__are_parts(split, train, test):
+    (split / "train").rename(split / train)
+    (split / "test").rename(split / test)
+    bunch = load_image_folder(split, subset="all")
+    assert bunch.target_names.tolist() == ["ant", "bee", "cat"]
+    assert bunch.subsets == ["train", "test"]
+    np.testing.assert_array_equal(
+        bunch.images, np.stack([random_pixels(s) for s in [0, 1, 2, 4, 3]])
+    )
+    assert load_image_folder(split, subset="test").target.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["val", "Valid", "validation", "more"])
+def test__images_beside_training_images__are_left_out_with_a_warning(split, name):
+    save(split / name / "ant" / "1.png", random_pixels(9))
+    with pytest.warns(UserWarning, match=rf"images in \S+/{name} are left out: .* move there"):
+        bunch = load_image_folder(split, subset="all")
+    assert bunch.target_names.tolist() == ["ant", "bee", "cat"] and len(bunch.target) == 5
+    assert bunch.n_skipped == 2
+
+
+def test__test_images_without_classes__are_left_out_with_a_warning(split):
+    for name in "bee", "cat":
+        (split / "test" / name / "1.png").rename(split / "test" / f"{name}.png")
+        (split / "test" / name).rmdir()
+    with pytest.warns(UserWarning, match=r"images in \S+/test are left out"):
+        bunch = load_image_folder(split)
+    assert bunch.subsets == ["train"] and bunch.target_names.tolist() == ["ant", "cat"]
+
+
+def test__test_folder_without_images__is_named_as_empty(split):
+    for name in "bee", "cat":
+        (split / "test" / name / "1.png").unlink()
+    with pytest.warns(UserWarning, match=r"No image files are in \S+/test\."):
+        assert load_image_folder(split).subsets == ["train"]
+
+
+def test__stray_image_beside_classes_of_a_part__is_skipped_and_named(split):
+    save(split / "train" / "preview.png", random_pixels(9))
+    with pytest.warns(UserWarning, match=r"left out \(1\): \S+/train/preview\.png\.$"):
+        bunch = load_image_folder(split)
+    assert bunch.target_names.tolist() == ["ant", "bee", "cat"]
+    assert bunch.target.tolist() == [0, 2, 2] and bunch.n_skipped == 2
+
+
+def test__two_folders_for_one_part__are_refused(split):
+    save(split / "Training" / "ant" / "1.png", random_pixels(9))
+    with pytest.raises(ValueError, match="two folders for the train images, Training and train;"):
+        load_image_folder(split)
+
+
+def test__classes_with_images_in_folders_only__are_warned_of(tmp_path):
+    for name in "north/cat", "north/dog", "south/cat", "south/dog":
+        save(tmp_path / name / "1.png", random_pixels(0))
+    with pytest.warns(UserWarning, match=r"All images of \S+/north, \S+/south lie in folders ins"):
+        bunch = load_image_folder(tmp_path)
+    assert bunch.target.tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"one class only, pets; .* All images of \S+/pets lie in"):
+        tmp_path.joinpath("one").mkdir()
+        for name in "north", "south":
+            (tmp_path / name).rename(tmp_path / "one" / name)
+        (tmp_path / "one").rename(tmp_path / "pets")
+        load_image_folder(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX systems only")
+@pytest.mark.parametrize("part", ["", "train"])
+def test__class_name_that_is_not_utf8__is_refused_with_its_bytes(tmp_path, part):
+    place = tmp_path / part / os.fsdecode(b"caf\xe9")
+    for folder in place, tmp_path / part / "caf\u00e9":
+        try:
+            save(folder / "1.png", random_pixels(0))
+        except OSError:
+            pytest.skip("this file system wants names in UTF-8")
+    with pytest.raises(
+        ValueError, match=r"class folder b'.*caf\\xe9' is not UTF-8.*rename"
+    ) as caught:
+        load_image_folder(tmp_path)
+    str(caught.value).encode()  # it can be printed itself
 
 
 def test__classes_called_train_and_test__are_classes(tmp_path):
@@ -234,6 +319,26 @@ def test__modes__become_rgb_beside_a_colour_image(tmp_path, mode):
         expected = np.dstack([expected] * 3)
     assert found.images.shape == (2, 6, 8, 3)
     np.testing.assert_array_equal(found.images[0], np.broadcast_to(expected, (6, 8, 3)))
+
+
+@pytest.mark.parametrize("value", [65_536, 2**31 - 1, -1])
+def test__integers_beyond_16_bits__are_unreadable_with_their_range(pets, value):
+    pixels = np.full((6, 8), 7, dtype=np.int32)
+    pixels[2, 3] = value
+    save(pets / "cat" / "3.tif", pixels)
+    low, high = sorted([7, value])
+    with pytest.warns(UserWarning, match="1 of 5 image files"):
+        bunch = load_image_folder(pets)
+    ((name, why),) = bunch.unreadable
+    assert name == str(pets / "cat" / "3.tif")
+    assert why.startswith(f"ValueError: pixels are integers from {low:,} to {high:,}, of which")
+    assert len(bunch.target) == 4
+
+
+def test__integers_of_32_bits_within_16__are_read(pets):
+    save(pets / "cat" / "3.tif", DEEP.astype(np.int32))
+    image = load_image_folder(pets, grey=True).images[2]
+    np.testing.assert_array_equal(image, GREYS)
 
 
 def test__all_grey_modes__stay_grey_and_either_can_be_asked_for(tmp_path):

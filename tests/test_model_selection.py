@@ -23,6 +23,7 @@ from sklearn.model_selection import (
     cross_validate,
 )
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neighbors import RadiusNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -453,6 +454,84 @@ def test__model_without_probabilities__predicts_without_confidence():
     assert set(predictions["confidence"]) == {None} and len(predictions["confidence"]) == 150
     right = np.equal(predictions["predicted"], predictions["actual"])
     assert right.mean() > 0.9
+
+
+class Odd(GaussianNB):
+    """Good scores; what is asked for beside them may fail."""
+
+    def __init__(self, what=None):
+        super().__init__()
+        self.what = what
+
+    def predict_proba(self, X):
+        if self.what == "probabilities that raise":
+            raise NotImplementedError("none of this\nloss")
+        if self.what == "one column too many":
+            return np.ones((len(X), 4))
+        return super().predict_proba(X)
+
+    def score(self, X, y):
+        return np.mean(super().predict(X) == y)
+
+    def predict(self, X):
+        if self.what == "labels that raise":
+            raise RuntimeError("no\nlabels")
+        return super().predict(X)
+
+
+@pytest.mark.parametrize("what", ["probabilities that raise", "one column too many"])
+@pytest.mark.parametrize("test", [{}, {"X_test": X, "y_test": Y}])
+def test__probabilities_that_fail__cost_the_confidence_only(what, test):
+    table = compare({"odd": Odd(what), "bayes": GaussianNB()}, X, Y, cv=3, **test)
+    assert table["error"].isna().all()
+    assert table["cv_mean"].nunique() == 1 and table["test_score"].nunique() == len(test) // 2
+    odd, bayes = (table.attrs["predictions"][name] for name in ("odd", "bayes"))
+    assert set(odd["confidence"]) == {None}
+    assert odd["predicted"] == bayes["predicted"]
+
+
+@pytest.mark.parametrize("test", [{}, {"X_test": X, "y_test": Y}])
+def test__predict_that_fails__costs_the_predictions_only_and_is_told(test, capsys):
+    table = compare({"odd": Odd("labels that raise")}, X, Y, cv=3, verbose=1, **test)
+    expected = cross_val_score(GaussianNB(), X, Y, cv=3)
+    np.testing.assert_array_equal(table.loc[0, "split0_score":], expected)
+    assert table["error"].isna().all() and table["test_score"].notna().all() == bool(test)
+    assert table.attrs["predictions"] == table.attrs["tracebacks"] == {}
+    assert ", without predictions: RuntimeError: no labels (" in capsys.readouterr().err
+
+
+class Unsorted(ClassifierMixin, BaseEstimator):
+    """The classes, and columns of probabilities, from the last to the first."""
+
+    def fit(self, X, y):
+        self.model_ = GaussianNB().fit(X, y)
+        self.classes_ = self.model_.classes_[::-1]
+        return self
+
+    def predict(self, X):
+        return self.model_.predict(X)
+
+    def predict_proba(self, X):
+        return self.model_.predict_proba(X)[:, ::-1]
+
+
+def test__classes_that_are_not_sorted__have_their_own_probabilities():
+    attrs = compare({"odd": Unsorted(), "bayes": GaussianNB()}, X, Y, cv=3).attrs
+    assert attrs["predictions"]["odd"] == attrs["predictions"]["bayes"]
+
+
+@pytest.mark.filterwarnings("ignore:Outlier label")
+@pytest.mark.parametrize("outlier", [99, -1])
+def test__label_that_is_no_class__has_no_confidence(outlier):
+    model = RadiusNeighborsClassifier(radius=0.3, outlier_label=outlier)
+    table = compare({"radius": model}, X, Y, cv=3)
+    assert table["error"].isna().all()
+    predictions = pd.DataFrame(table.attrs["predictions"]["radius"]).sort_values("row")
+    expected = cross_val_predict(model, X, Y, cv=3, method="predict_proba").max(axis=1)
+    is_outlier = predictions["predicted"] == outlier
+    assert 0 < is_outlier.sum() < 150
+    assert predictions["confidence"].isna().tolist() == is_outlier.tolist()
+    np.testing.assert_allclose(predictions["confidence"][~is_outlier], expected[~is_outlier])
 
 
 def test__failed_model__has_no_predictions():

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import ndimage
+from sklearn import config_context
 from sklearn.pipeline import make_pipeline
 
 from skcifar import CNNClassifier, SoftmaxRegression, preprocessing
@@ -158,6 +159,14 @@ def test__flat_rows__are_the_images_that_they_are_to_a_network(n_features):
         np.testing.assert_array_equal(blur.transform(rows), rows)
 
 
+def test__one_pixel_images__are_changed_by_constant_border_only():
+    rows = RNG.uniform(0, 255, (4, 5))
+    for border in IN_SCIPY:
+        blur = GaussianBlur(border=border).fit(rows)
+        expected = rows * (blur.kernel_[2, 2] if border == "constant" else 1)
+        np.testing.assert_allclose(blur.transform(rows), expected, rtol=1e-13)
+
+
 def test__long_rows_that_are_no_images__take_no_more_memory_than_themselves():
     rows = RNG.integers(0, 256, (2, 5003), dtype=np.uint8)
     tracemalloc.start()
@@ -186,6 +195,24 @@ def test__data_frame__keeps_its_columns():
     np.testing.assert_array_equal(found.to_numpy(), expected)
 
 
+@pytest.mark.parametrize("is_global", [False, True])
+def test__data_frame_of_images__is_refused_and_one_of_their_rows_is_given(is_global):
+    pixels = images(5, 6, 9)
+    blur, of_rows = GaussianBlur(), GaussianBlur(image_shape=(6, 9, 3))
+    if not is_global:
+        blur.set_output(transform="pandas")
+        of_rows.set_output(transform="pandas")
+    with config_context(transform_output="pandas" if is_global else "default"):
+        for given, shape in (pixels, "(5, 6, 9, 3)"), (pixels[..., 0], "(5, 6, 9)"):
+            with pytest.raises(ValueError, match=r"set_output\(transform='pandas'\)") as caught:
+                blur.fit_transform(given)
+            assert f"X holds images, of shape {shape}, of which" in str(caught.value)
+        found = of_rows.fit_transform(pixels.reshape(5, -1))
+    assert list(found.columns) == [f"x{i}" for i in range(162)]
+    expected = GaussianBlur().fit_transform(pixels)
+    np.testing.assert_array_equal(found.to_numpy(), expected.reshape(5, -1))
+
+
 # -- wrong use -------------------------------------------------------------------------------------
 
 
@@ -198,6 +225,19 @@ def test__even_kernel__is_refused():
 def test__image_shape_that_does_not_fit__is_refused(image_shape):
     with pytest.raises(ValueError, match=r"does not fit X, which holds 192 features"):
         GaussianBlur(image_shape=image_shape).fit(images().reshape(5, -1))
+
+
+@pytest.mark.parametrize(
+    "image_shape", [(8.5, 8), (8.0, 8.0), (-8, -8), (0, 64), (True, 64), ("8", "8"), ()]
+)
+def test__image_shape_not_of_positive_integers__is_refused(image_shape):
+    with pytest.raises(ValueError, match=r"image_shape=.* is not of positive integers; expected"):
+        GaussianBlur(image_shape=image_shape).fit(images(channels=1).reshape(5, -1))
+
+
+def test__image_shape_of_numpy_integers__is_good():
+    blur = GaussianBlur(image_shape=np.array([4, 16])).fit(images(channels=1).reshape(5, -1))
+    assert blur.image_shape_ == (4, 16, 1)
 
 
 def test__image_shape_other_than_that_of_the_images__is_refused():

@@ -108,20 +108,20 @@ REPORTED = {
     "004-resnet18": {"test accuracy": 66.53},
 }
 REPORTED_BY_MODEL = {
-    "001-activations": [93.88, 90.36, 91, 81.63],  # relu, logistic, tanh, identity
-    "002-compare": [40.6, 43.5, 47.3, 50.7],  # linear, gradient descent, batches, CNN
+    "001-activations": [[93.88, 90.36, 91, 81.63]] * 2,  # relu, logistic, tanh, identity
+    "002-compare": [[40.6, 43.5, 47.3, 50.7], [40.6, 47.3, 60.3]],  # the better MLP, 300 epochs
 }
 LOSSES = [0.66, 0.29, 0.17, 0.12, 0.09, 0.79, 0.56, 0.59, 0.52, 0.52]  # train, then validation
 
 
 @pytest.mark.parametrize("name", IDS)
 def test__reported_figures__are_the_reports(name):
-    for row_name, row in SYSTEMS[name].rows.items():
+    for i, (row_name, row) in enumerate(SYSTEMS[name].rows.items()):
         percent = {figure: 100 * value for figure, value in row.reported.items()}
         if name in REPORTED:
             assert percent == pytest.approx(REPORTED[name])
         elif name in REPORTED_BY_MODEL:
-            assert list(percent.values()) == pytest.approx(REPORTED_BY_MODEL[name])
+            assert list(percent.values()) == pytest.approx(REPORTED_BY_MODEL[name][i])
         elif name == "001-hidden":
             assert list(row.reported.values()) == LOSSES
         elif name == "002-cnn":

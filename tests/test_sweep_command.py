@@ -503,6 +503,21 @@ def test__output_that_cannot_be_written__is_noticed_before_any_work(searches, tm
     assert f"cannot write to {folder}" in line and not searches
 
 
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such character")])
+def test__results_that_cannot_be_written__are_printed_and_one_line(
+    tmp_path, monkeypatch, capsys, error
+):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(_sweep_command, "write_provenance", fail)
+    arguments = ["--model", "dummy", "--grid", "strategy=prior", "--output", tmp_path, "--quiet"]
+    assert sweep(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("digits: ") and len(table_of(out)) == 1
+    assert err == f"skcifar: error: cannot write the results: {error}\n"
+
+
 # -- wrong arguments -------------------------------------------------------------------------------
 
 
