@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils import check_consistent_length
+from sklearn.utils import check_consistent_length, column_or_1d
 
 from skcifar._display import (
     FEW_COLOURS,
@@ -75,7 +75,8 @@ class LearningCurvesDisplay(Display):
     Notes
     -----
     Where runs end after different numbers of epochs, the mean at an epoch is over those that got
-    so far. Seconds are means over the runs, too.
+    so far. Seconds of an epoch are such means, too, and added up from epoch to epoch. A point
+    without neighbours to draw a line to is a dot.
 
     Examples
     --------
@@ -129,8 +130,8 @@ class LearningCurvesDisplay(Display):
         Raises
         ------
         ValueError
-            If there is nothing to draw, if a history lacks the column of `x` or has an epoch twice
-            in one run, or if `ax` are too few.
+            If there is nothing to draw, if a history lacks the column of `x`, has an epoch twice
+            in one run or holds what is no number, or if `ax` are too few.
         ImportError
             If matplotlib is not installed.
         """
@@ -263,10 +264,12 @@ class LearningCurvesDisplay(Display):
         # (n_epochs,) each, an epoch that no run recorded left out
         by_epoch = run.dropna(subset=[column]).groupby("epoch")
         values = by_epoch[column].agg(["mean", "min", "max"]) * QUANTITIES[quantity][1]
-        x = by_epoch["x"].mean().to_numpy()
-        self.lines_[name, column] = axes.plot(
-            x, values["mean"].to_numpy(), color=colour, linestyle=PARTS[part][1]
-        )[0]
+        x = by_epoch["x"].mean().to_numpy(dtype=float)
+        mean = values["mean"].to_numpy(dtype=float)
+        self.lines_[name, column] = axes.plot(x, mean, color=colour, linestyle=PARTS[part][1])[0]
+        alone = _without_neighbours(np.isfinite(x) & np.isfinite(mean))
+        if alone.any():
+            self.lines_[name, column].set(marker="o", markevery=np.flatnonzero(alone).tolist())
         if run.groupby("epoch").size().max() > 1:
             self.ranges_[name, column] = axes.fill_between(
                 x, values["min"], values["max"], color=colour, alpha=0.15, linewidth=0
@@ -277,7 +280,7 @@ class LearningCurvesDisplay(Display):
 
         name = {"loss": self.loss_name, "accuracy": "accuracy (%)"}[quantity]
         axes.set(title=quantity.capitalize(), xlabel=TIMES[self.x], ylabel=name)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=self.x == "epoch"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=self.x == "epoch", min_n_ticks=1))
         if quantity == "loss":
             axes.set_yscale(self.loss_scale)
         axes.grid(alpha=0.3)
@@ -286,22 +289,23 @@ class LearningCurvesDisplay(Display):
         from matplotlib.lines import Line2D
 
         drawn = {column.split("_")[0] for _, column in self.lines_}
-        entries = {name: Line2D([], [], color=colour) for name, colour in colours.items()}
-        entries |= {
-            label: Line2D([], [], color="0.3", linestyle=style)
-            for part, (label, style) in PARTS.items()
-            if part in drawn
-        }
+        parts = [PARTS[part] for part in PARTS if part in drawn]
+        names = [*colours, *(label for label, _ in parts)]
+        artists = [Line2D([], [], color=colour) for colour in colours.values()]
+        artists += [Line2D([], [], color="0.3", linestyle=style) for _, style in parts]
         if own_figure:  # beside the curves there may be no room; below there is
-            width = self.figure_.bbox.width / self.figure_.dpi  # inches, of some 12 letters each
-            lines = "\n".join(entries).split("\n")
-            n_columns = int(np.clip(12 * width // (8 + max(map(len, lines))), 1, 5))
+            lines = "\n".join(names).split("\n")
+            n_letters = 8 + max(map(len, lines))  # with the line beside them; some 12 an inch
+            width = self.figure_.bbox.width / self.figure_.dpi  # inches
+            width = min(WIDTH, max(width, n_letters / 12))
+            n_columns = int(np.clip(12 * width // n_letters, 1, 5))
             self.legend_ = named_legend(
-                self.figure_, entries, loc="outside lower center", ncols=n_columns
+                self.figure_, names, artists, loc="outside lower center", ncols=n_columns
             )
-            self.figure_.set(figheight=3.6 + 0.21 * math.ceil(len(lines) / n_columns))
+            height = 3.6 + 0.21 * math.ceil(len(lines) / n_columns)
+            self.figure_.set(figwidth=width, figheight=height)
         else:
-            self.legend_ = named_legend(self.axes_[-1], entries, fontsize="small")
+            self.legend_ = named_legend(self.axes_[-1], names, artists, fontsize="small")
             self.legend_.set_in_layout(False)  # no layout squeezes the axes for it
 
 
@@ -320,13 +324,14 @@ def _history_of(name: str, estimator: Any) -> list[dict[str, Any]]:
 
 
 def _runs(name: str, history: pd.DataFrame, x: str) -> pd.DataFrame:
-    """The history with a column "x": the epoch, or the seconds of its run up to its end."""
+    """The history with a column "x": the epoch, or the runs' mean seconds up to its end."""
     for column in dict.fromkeys(["epoch", x]):
         if column not in history:
             raise ValueError(
                 f"The history of {name!r} has the columns {list(history)}, expected {column!r} "
                 f"among them."
             )
+    history = _with_numbers(name, history, x)
     run = [column for column in ("fold", "repeat") if column in history]
     if history.duplicated([*run, "epoch"]).any():
         raise ValueError(
@@ -336,10 +341,31 @@ def _runs(name: str, history: pd.DataFrame, x: str) -> pd.DataFrame:
     history = history.sort_values("epoch", kind="stable")
     if x == "epoch":
         return history.assign(x=history["epoch"])
-    seconds = history["seconds"]
-    # a groupby of no columns is an error: without folds there is one run
-    in_runs = seconds.groupby([history[column] for column in run]) if run else seconds
-    return history.assign(x=in_runs.cumsum())
+    # Added up per epoch, not per run: with a slow run that ends early, means of the runs' own
+    # sums would fall from one epoch to the next.
+    ends = history.groupby("epoch")["seconds"].mean().cumsum()
+    return history.assign(x=history["epoch"].map(ends))
+
+
+def _with_numbers(name: str, history: pd.DataFrame, x: str) -> pd.DataFrame:
+    """The history with the columns that are drawn as numbers, if that is what they hold."""
+    drawn = ["epoch", x, *(part + end for end, _ in QUANTITIES.values() for part in PARTS)]
+    numbers = {}
+    for column in (column for column in dict.fromkeys(drawn) if column in history):
+        try:
+            numbers[column] = pd.to_numeric(history[column])
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"The history of {name!r} has in the column {column!r} what is no number "
+                f"({error}), expected numbers, or NaN where an epoch has none."
+            ) from error
+    return history.assign(**numbers)
+
+
+def _without_neighbours(is_drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which points of a line have none beside them: no stroke reaches these."""
+    before, after = np.pad(is_drawn, (1, 0))[:-1], np.pad(is_drawn, (0, 1))[1:]
+    return is_drawn & ~before & ~after
 
 
 def _columns(history: pd.DataFrame, quantity: str) -> list[str]:
@@ -489,11 +515,12 @@ class ClassAccuracyDisplay(Display):
         Raises
         ------
         ValueError
-            If there are more labels than predictions, or fewer, or if `class_names` lacks one.
+            If there are more labels than predictions, or fewer, if either is no column, or if
+            `class_names` lacks a label.
         """
         check_consistent_length(y_true, y_pred)
-        true = np.asarray(y_true)
-        right = true == np.asarray(y_pred)
+        true = column_or_1d(y_true)
+        right = true == column_or_1d(y_pred)
         classes = np.unique(true)
         return cls(
             accuracies=np.array([right[true == label].mean() for label in classes]),

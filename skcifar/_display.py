@@ -36,9 +36,9 @@ class Display:
     def _pyplot(cls) -> ModuleType:
         try:
             import matplotlib.pyplot as plt
-        except ImportError as error:
+        except Exception as error:  # one that is there but broken may raise anything
             raise ImportError(
-                f"{cls.__name__} draws with matplotlib, which is not installed: "
+                f"{cls.__name__} draws with matplotlib, which cannot be imported ({error}): "
                 f"pip install 'skcifar[plot]'"
             ) from error
         return plt
@@ -48,6 +48,9 @@ class Display:
         plt = self._pyplot()
         if ax is None:
             _, ax = plt.subplots(figsize=(width, height), layout="constrained")
+        scale = getattr(self, "colorbar_", None)
+        if scale is not None and ax is self.ax_:  # drawn again in the same axes
+            scale.remove()
         self.ax_ = ax
         self.figure_ = ax.figure
         return ax
@@ -64,8 +67,8 @@ def names_of(labels: ArrayLike, class_names: ClassNames) -> dict[Any, str]:
             return {label: str(class_names[label]) for label in values}
         given = f"no name for {missing}"
     else:
-        if values.dtype.kind in "iu" and values.min() >= 0 and values.max() < len(class_names):
-            return {label: str(class_names[label]) for label in values}
+        if values.dtype.kind in "iub" and values.min() >= 0 and values.max() < len(class_names):
+            return {label: str(class_names[int(label)]) for label in values}
         given = f"{len(class_names)} names for the labels {values.tolist()}"
     raise ValueError(
         f"class_names has {given}; expected a mapping with a name for each label, or a sequence "
@@ -74,12 +77,12 @@ def names_of(labels: ArrayLike, class_names: ClassNames) -> dict[Any, str]:
 
 
 def named_legend(
-    owner: Axes | Figure | SubFigure, artists: Mapping[str, Any], **style: Any
+    owner: Axes | Figure | SubFigure, names: Sequence[str], artists: Sequence[Any], **style: Any
 ) -> Legend:
-    """A legend that writes any name as it is: dollars, and an underscore in front, too."""
+    """A legend that writes any name as it is: dollars, an underscore in front, and twice, too."""
     labels = [str(i) for i in range(len(artists))]
-    legend = owner.legend(handles=list(artists.values()), labels=labels, **style)
-    for text, name in zip(legend.get_texts(), artists, strict=True):
+    legend = owner.legend(handles=list(artists), labels=labels, **style)
+    for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False)
     return legend
 

@@ -121,7 +121,8 @@ class EmbeddingDisplay(Display):
         ax.set(title=self.title, xlabel=self.axis_names[0], ylabel=self.axis_names[1])
         self.legend_ = named_legend(
             ax,
-            dict(zip(names.values(), self.scatters_, strict=True)),
+            [names[label] for label in classes],
+            self.scatters_,
             loc="center left",
             bbox_to_anchor=(1, 0.5),
             frameon=False,

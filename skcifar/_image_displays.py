@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.utils import check_consistent_length
+from scipy.sparse import issparse
+from sklearn.utils import check_consistent_length, column_or_1d
 
 from skcifar._display import WIDTH, ClassNames, Display, names_of
 from skcifar._fitted import final_step
@@ -219,7 +220,7 @@ class ImageGridDisplay(Display):
             raise ValueError(f"kind={kind!r} was given, expected 'wrong' or 'right'.")
         check_consistent_length(images, y_true, y_pred, confidence)
         array = as_images(images, image_shape, layout)
-        true, predicted = np.asarray(y_true), np.asarray(y_pred)
+        true, predicted = column_or_1d(y_true), column_or_1d(y_pred)
         rows = np.flatnonzero((true == predicted) == (kind == "right"))
         n_all = len(rows)
         percent = {}
@@ -260,8 +261,9 @@ class ImageGridDisplay(Display):
         Parameters
         ----------
         estimator : estimator
-            A fitted classifier, Pipeline or search. Its confidence is its `predict_proba`; without
-            one the first rows are drawn.
+            A fitted classifier, Pipeline or search. Its confidence is what its `predict_proba`
+            gives the label that it predicts, which need not be the most probable one; without
+            probabilities the first rows are drawn.
         X : array-like of shape (n_samples, n_features), (n_samples, height, width) or \
                 (n_samples, height, width, channels)
             Images, as the estimator takes them.
@@ -287,7 +289,8 @@ class ImageGridDisplay(Display):
         cls._pyplot()
         predicted, confidence = estimator.predict(X), None
         if hasattr(estimator, "predict_proba"):
-            confidence = np.max(estimator.predict_proba(X), axis=1)
+            columns = np.searchsorted(estimator.classes_, column_or_1d(predicted))
+            confidence = estimator.predict_proba(X)[np.arange(len(columns)), columns]
         image_shape, layout = image_format(estimator, np.shape(X), image_shape, layout)
         return cls.from_predictions(
             X, y, predicted, confidence, image_shape=image_shape, layout=layout, **kwargs
@@ -405,13 +408,16 @@ class WeightImagesDisplay(Display):
     ) -> Self:
         """Draw the first weights of a fitted estimator.
 
-        These are, of what it has, `coef_` (an image for each class), the columns of `coefs_[0]` or
-        the first convolution of `module_` (an image for each unit or filter).
+        These are, of what it has, `coef_` (an image for each class, or of an SVC for each pair of
+        classes), the columns of `coefs_[0]` or the first convolution of `module_` (an image for
+        each unit or filter).
 
         Parameters
         ----------
         estimator : estimator
             Fitted; of a Pipeline the last step is meant, of a search the best estimator.
+            Where the steps before change the number of features, its weights are those of images
+            only if you say `image_shape`.
         n_images : int, default=20
             How many at most, the first.
         class_names : sequence or mapping of label to str, default=None
@@ -436,12 +442,14 @@ class WeightImagesDisplay(Display):
         TypeError
             If the estimator has no such weights.
         ValueError
-            If they are no images of one or three channels.
+            If they are no images of one or three channels, or may be none, because a step of the
+            Pipeline changes the number of features.
         """
         step = final_step(estimator)
         if hasattr(step, "coef_"):
-            rows = np.atleast_2d(step.coef_)
-            captions, title = _class_captions(step, len(rows), class_names), "Weights per class"
+            rows = np.atleast_2d(step.coef_.toarray() if issparse(step.coef_) else step.coef_)
+            captions, title = _class_captions(step, len(rows), class_names), "Weights"
+            title += " per class" if captions else ""
         elif hasattr(step, "coefs_"):
             rows = np.asarray(step.coefs_[0]).T  # (n_units, n_features)
             captions, title = None, "Weights of the first layer"
@@ -450,6 +458,8 @@ class WeightImagesDisplay(Display):
             image_shape, layout = None, "CHW"
             captions, title = None, "Filters of the first convolution"
         if rows.ndim == 2:
+            if image_shape is None:
+                _check_features(estimator, step)
             image_shape, layout = image_format(step, rows.shape, image_shape, layout)
         if n_images < len(rows):
             title += f", {n_images} of {len(rows)}"
@@ -521,7 +531,7 @@ def _probabilities(confidence: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(
             f"confidence of shape {values.shape}, from {values.min():g} to {values.max():g}, was "
             f"given, expected a probability between 0 and 1 for each row: that of the label "
-            f"predicted, predict_proba(X).max(axis=1)."
+            "predicted."
         )
     return values
 
@@ -601,7 +611,18 @@ def _class_captions(step: Any, n_rows: int, class_names: ClassNames) -> list[str
     names = names_of(classes, class_names)
     if len(classes) == 2 and n_rows == 1:
         return ["positive: {1}\nnegative: {0}".format(*(names[label] for label in classes))]
-    return [names[label] for label in classes] if len(classes) == n_rows else None
+    # dual coefficients: an SVC, with a row for each pair, and three classes have three pairs
+    is_row_a_class = len(classes) == n_rows and not hasattr(step, "dual_coef_")
+    return [names[label] for label in classes] if is_row_a_class else None
+
+
+def _check_features(estimator: Any, step: Any) -> None:
+    given, taken = (getattr(each, "n_features_in_", None) for each in (estimator, step))
+    if None not in (given, taken) and given != taken:
+        raise ValueError(
+            f"The steps before {step!r} make {taken} features of {given}, so its weights may not "
+            f"be those of pixels; if they are, say image_shape=(height, width, channels)."
+        )
 
 
 def _first_filters(step: Any) -> NDArray[Any]:

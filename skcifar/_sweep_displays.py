@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SCORES = ["mean_test_score", "score_mean"]  # of cv_results_, of a sweep's table
 # Values of a number that stand one by one on an axis; of more, the axis is a scale.
 MOST_LEVELS = 10
+MISSING = "–"  # a grid of several dicts: the candidate's has no such parameter
 
 
 class SweepHeatMapDisplay(Display):
@@ -180,8 +181,8 @@ class SweepHeatMapDisplay(Display):
     ) -> Self:
         """Draw the results of a search, or the table of a sweep.
 
-        Values are sorted and stand at equal distances. Of a halving search the last round of each
-        candidate counts.
+        Values are sorted, one that a candidate lacks last, and stand at equal distances. Of a
+        halving search the last round of each candidate counts.
 
         Parameters
         ----------
@@ -425,8 +426,9 @@ def _beside(ax: Axes, x: int, height: float, text: str) -> Text:
 def _results_of(search: Any, score: str | None) -> tuple[Any, str | None]:
     if not hasattr(search, "cv_results_"):
         raise TypeError(f"{search!r} was given, expected a fitted search, with cv_results_.")
-    if score is None and isinstance(search.refit, str):
-        score = f"mean_test_{search.refit}"
+    refit_score = f"mean_test_{search.refit}"
+    if score is None and refit_score in search.cv_results_:  # one of several metrics
+        score = refit_score
     return search.cv_results_, score
 
 
@@ -493,22 +495,24 @@ class Levels:
     def __init__(self, column: pd.Series) -> None:
         texts = [_text(value) for value in column]
         distinct = dict(zip(texts, column, strict=True))
+        missing = [MISSING] if distinct.pop(MISSING, None) is not None else []
         try:
-            self.texts = sorted(distinct, key=distinct.__getitem__)
+            self.texts = sorted(distinct, key=distinct.__getitem__) + missing
         except TypeError:  # values of different kinds: numbers in order, then all others
-            self.texts = sorted(distinct, key=lambda text: _order(distinct[text], text))
+            ordered = sorted(distinct, key=lambda text: _order(distinct[text], text))
+            self.texts = ordered + missing
         self.codes = np.array([self.texts.index(text) for text in texts])
 
 
 def _text(value: Any) -> str:
     is_real = isinstance(value, (float, np.floating))
     if is_real and np.isnan(value):
-        return "–"  # a grid of several dicts: this candidate's has no such parameter
+        return MISSING
     return f"{value:.8g}" if is_real else str(value)
 
 
 def _order(value: Any, text: str) -> tuple[bool, float, str]:
-    is_number = isinstance(value, (int, float, np.number)) and text != "–"
+    is_number = isinstance(value, (int, float, np.number))
     return (not is_number, float(value) if is_number else 0.0, text)
 
 

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from copy import deepcopy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV
 from sklearn.neural_network import MLPClassifier as SklearnMLPClassifier
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -169,6 +171,34 @@ def test__no_matplotlib__says_how_to_install_it(display_class, monkeypatch):
             draw()
 
 
+def test__broken_matplotlib__says_how_to_install_it(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "matplotlib.pyplot":
+                raise RuntimeError("compiled against another NumPy")
+
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot")
+    monkeypatch.delattr(matplotlib, "pyplot")
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(ImportError, match=r"another NumPy\): pip install 'skcifar\[plot\]'"):
+        ClassCountsDisplay.from_labels(Y)
+
+
+@pytest.mark.parametrize("layout", [None, "constrained"])
+@pytest.mark.parametrize(
+    "display_class", [SweepHeatMapDisplay, ParallelCoordinatesDisplay, WeightImagesDisplay]
+)
+def test__plot_twice_in_the_same_axes__leaves_one_scale(display_class, layout):
+    figure, ax = plt.subplots(layout=layout)
+    display = DRAWN[display_class]().plot(ax=ax)
+    first = display.colorbar_
+    display.plot(ax=ax)
+    assert display.colorbar_ is not first
+    assert figure.axes == [ax, display.colorbar_.ax]
+    display.plot(ax=plt.subplots()[1])
+    assert len(figure.axes) == 2  # the picture drawn before keeps its scale
+
+
 def test__class_methods__leave_what_they_are_given():
     given = {"a": deepcopy(HISTORY), "b": FOLDS.copy()}
     LearningCurvesDisplay.from_histories(given, x="seconds")
@@ -206,6 +236,22 @@ def test__any_name__is_written_as_it_is():
         assert set(names) <= set(found)
 
 
+def test__two_labels_of_one_name__both_stand_in_the_legend():
+    names = {0: "animal", 1: "animal", 2: "ship"}
+    display = EmbeddingDisplay.from_features(X[:40], TRUE, method="pca", class_names=names)
+    assert texts(display.legend_.get_texts()) == ["animal", "animal", "ship"]
+    colours = [to_hex(scatter.get_facecolor()[0]) for scatter in display.scatters_]
+    handles = [to_hex(each.get_facecolor()[0]) for each in display.legend_.legend_handles]
+    assert handles == colours and len(set(colours)) == 3
+
+
+@pytest.mark.parametrize("names", [["no", "yes"], {False: "no", True: "yes"}])
+def test__boolean_labels__have_the_names_given(names):
+    display = ClassCountsDisplay.from_labels([True, False, True], class_names=names)
+    assert texts(display.ax_.get_yticklabels()) == ["no", "yes"]
+    assert texts(display.texts_) == ["1", "2"]
+
+
 # Learning curves
 
 
@@ -229,7 +275,7 @@ def test__learning_curves__are_the_histories():
 
 
 @pytest.mark.parametrize(
-    ("x", "places"), [("epoch", [1, 2, 3]), ("seconds", [(1 + 2) / 2, (2 + 6) / 2, 3])]
+    ("x", "places"), [("epoch", [1, 2, 3]), ("seconds", [1.5, 1.5 + 2.5, 1.5 + 2.5 + 1])]
 )
 def test__folds__are_a_mean_and_its_range(x, places):
     display = LearningCurvesDisplay.from_histories({"a": FOLDS.sample(frac=1, random_state=0)}, x=x)
@@ -241,6 +287,49 @@ def test__folds__are_a_mean_and_its_range(x, places):
         heights = {y for at, y in corners if at == place}
         assert heights == {low, high}
     assert len(display.axes_) == 1  # there are no accuracies
+
+
+def test__slow_fold_that_ends_early__leaves_the_seconds_rising():
+    slow = [{"fold": 0, "epoch": i, "train_loss": 1.0, "seconds": 10} for i in (1, 2, 3)]
+    fast = [{"fold": 1, "epoch": i, "train_loss": 2.0, "seconds": 1} for i in (1, 2, 3, 4, 5)]
+    display = LearningCurvesDisplay.from_histories({"a": slow + fast}, x="seconds")
+    assert list(display.lines_["a", "train_loss"].get_xdata()) == [5.5, 11, 16.5, 17.5, 18.5]
+
+
+def test__point_that_no_stroke_reaches__is_a_dot():
+    losses = [4.0, np.inf, 3.0, 2.0, np.inf, 1.0]
+    history = [{"epoch": i, "train_loss": loss} for i, loss in enumerate(losses, start=1)]
+    display = LearningCurvesDisplay.from_histories({"a": history, "b": HISTORY[:1], "c": HISTORY})
+    line = display.lines_["a", "train_loss"]
+    assert (line.get_marker(), list(line.get_markevery())) == ("o", [0, 5])
+    for column in "train_loss", "valid_loss", "train_accuracy":
+        line = display.lines_["b", column]
+        assert (line.get_marker(), list(line.get_markevery())) == ("o", [0])
+        assert display.lines_["c", column].get_marker() == "None"
+
+
+def test__curve_of_one_epoch__is_seen():
+    figure, ax = plt.subplots()
+    history = [{"epoch": 1, "train_loss": 0.5}]
+    line = LearningCurvesDisplay.from_histories({"a": history}, ax=ax).lines_["a", "train_loss"]
+    figure.canvas.draw()
+    low, high = ax.get_xlim()
+    assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [1]
+    drawn = np.asarray(figure.canvas.buffer_rgba()).copy()
+    line.remove()
+    figure.canvas.draw()
+    assert (drawn != np.asarray(figure.canvas.buffer_rgba())).any()
+
+
+def test__model_called_training__stands_in_the_legend_beside_the_part():
+    display = LearningCurvesDisplay.from_histories({"training": HISTORY, "b": HISTORY})
+    found = texts(display.legend_.get_texts())
+    assert found == ["training", "b", "training", "validation"]
+    styles = [line.get_linestyle() for line in display.legend_.legend_handles]
+    assert styles == ["-", "-", "-", "--"]
+    colours = [to_hex(line.get_color()) for line in display.legend_.legend_handles]
+    assert colours[0] == to_hex(display.lines_["training", "train_loss"].get_color())
+    assert colours[0] != colours[2]
 
 
 def test__seconds_without_folds__are_summed():
@@ -293,12 +382,14 @@ def test__loss_name_and_scale__are_those_of_the_losses_only():
         assert (accuracy.get_ylabel(), accuracy.get_yscale()) == ("accuracy (%)", "linear")
 
 
+@pytest.mark.parametrize("history", [HISTORY, FOLDS], ids=["two panels", "one panel"])
 @pytest.mark.parametrize("length", [1, 30, 80, 160])
-def test__legend_of_many_names__lies_inside_the_figure_below_the_axes(length):
+def test__legend_of_many_names__lies_inside_the_figure_below_the_axes(length, history):
     setting = ", hidden_layer_sizes=64, batch_size=32, learning_rate_init=0.001, momentum=0.9"
     names = [f"{i:x}{setting}\nalpha=1{setting}"[:length] for i in range(12)]
-    display = LearningCurvesDisplay.from_histories(dict.fromkeys(names, HISTORY))
+    display = LearningCurvesDisplay.from_histories(dict.fromkeys(names, history))
     figure = display.figure_
+    assert figure.get_size_inches()[0] <= 8
     figure.draw_without_rendering()
     box = display.legend_.get_window_extent()
     assert 0 <= box.x0 < box.x1 <= figure.bbox.width and box.y0 >= 0
@@ -314,6 +405,8 @@ def test__legend_of_many_names__lies_inside_the_figure_below_the_axes(length):
         ({"a": [{"train_loss": 1.0}]}, {}, "history of 'a' has the columns .*expected 'epoch'"),
         ({"a": FOLDS.drop(columns="seconds")}, {"x": "seconds"}, "expected 'seconds' among them"),
         ({"a": FOLDS.drop(columns="fold")}, {}, "'a' has an epoch twice in one run; .* fold"),
+        ({"a": [{"epoch": 1, "train_loss": "low"}]}, {}, "'a' has in .* 'train_loss' .* 'low'"),
+        ({"a": FOLDS.assign(seconds="1 s")}, {"x": "seconds"}, "'seconds' what is no number"),
         ({"a": [{"epoch": 1, "lr": 1.0}]}, {}, r"of \['a'\] have no losses and no accuracies"),
     ],
 )
@@ -343,6 +436,7 @@ def test__linear_weights__are_an_image_a_class_on_one_scale(fitted, name):
     coef = fitted[name][-1].coef_ if name == "logistic" else fitted[name].coef_
     display = WeightImagesDisplay.from_estimator(fitted[name])
     assert texts(display.texts_) == [str(label) for label in range(10)]
+    assert display.ax_.get_title() == "Weights per class"
     largest = max(abs(value) for row in coef for value in row)
     for row, image in zip(coef, display.images_, strict=True):
         for i, value in enumerate(row):
@@ -357,7 +451,7 @@ def test__colour_weights__lie_around_mid_grey(layout):
     model = SimpleNamespace(coef_=coef, image_shape_=(5, 4, 3), layout=layout)
     display = WeightImagesDisplay.from_estimator(model, n_images=2)
     assert display.colorbar_ is None and not display.texts_
-    assert display.ax_.get_title() == "Weights per class, 2 of 3"
+    assert display.ax_.get_title() == "Weights, 2 of 3"
     largest = np.abs(coef[:2]).max()
     for row, image in zip(coef, display.images_, strict=False):
         assert image.get_array().shape == (5, 4, 3)
@@ -374,6 +468,31 @@ def test__two_classes__have_one_image_that_names_both():
         display = WeightImagesDisplay.from_estimator(model, class_names=["zero", "one"])
         assert display.weights.shape == (1, 8, 8)
         assert texts(display.texts_) == ["positive: one\nnegative: zero"]
+
+
+@pytest.mark.parametrize("n_classes", [3, 10])
+def test__weights_of_pairs_of_classes__are_not_called_those_of_classes(n_classes):
+    rows = Y[:300] < n_classes
+    model = SVC(kernel="linear").fit(X[:300][rows], Y[:300][rows])
+    display = WeightImagesDisplay.from_estimator(model)
+    title = {3: "Weights", 10: "Weights, 20 of 45"}[n_classes]
+    assert display.ax_.get_title() == title and not display.texts_
+
+
+def test__sparse_weights__are_drawn_as_dense_ones(fitted):
+    dense = WeightImagesDisplay.from_estimator(fitted["logistic"])
+    sparse = deepcopy(fitted["logistic"])
+    sparse[-1].sparsify()
+    display = WeightImagesDisplay.from_estimator(sparse)
+    np.testing.assert_array_equal(display.weights, dense.weights)
+
+
+def test__weights_behind_other_features__are_images_only_of_a_shape_given():
+    model = make_pipeline(PCA(16, random_state=0), SoftmaxRegression()).fit(X[:300], Y[:300])
+    with pytest.raises(ValueError, match=r"make 16 features of 64, .* say image_shape="):
+        WeightImagesDisplay.from_estimator(model)
+    display = WeightImagesDisplay.from_estimator(model, image_shape=(2, 8))
+    np.testing.assert_array_equal(display.weights, model[-1].coef_.reshape(-1, 2, 8))
 
 
 def test__first_layer__is_an_image_a_unit(fitted):
@@ -581,6 +700,39 @@ def test__estimator_predictions__have_its_own_probabilities(fitted):
     assert texts(display.texts_) == [str(label) for label in labels[:2]]
 
 
+def test__label_that_is_not_the_most_probable__has_its_own_probability():
+    two = Y < 2
+    model = FixedThresholdClassifier(
+        LogisticRegression(C=1e-6), threshold=0.9, response_method="predict_proba"
+    ).fit(X[two], Y[two])
+    rows, labels = X[two][:30], Y[two][:30]
+    display = ImageGridDisplay.from_estimator(model, rows, labels, n_images=30)
+    probabilities = model.predict_proba(rows)  # (30, 2)
+    predicted = model.predict(rows)
+    own = [probabilities[i, predicted[i]] for i in range(30) if predicted[i] != labels[i]]
+    assert min(own) < 0.5
+    expected = [f", {100 * value:.1f}%" for value in sorted(own, reverse=True)]
+    assert [text.split("\n")[0][1:] for text in texts(display.texts_)] == expected
+
+
+def test__labels_in_a_column__are_those_of_a_row():
+    rows, column = X[:40], PREDICTED[:, None]
+    for first, second in (TRUE, column), (TRUE[:, None], PREDICTED), (TRUE[:, None], column):
+        display = ClassAccuracyDisplay.from_predictions(first, second)
+        expected = ClassAccuracyDisplay.from_predictions(TRUE, PREDICTED)
+        assert texts(display.texts_) == texts(expected.texts_)
+        assert display.overall == expected.overall
+        display = ImageGridDisplay.from_predictions(rows, first, second)
+        expected = ImageGridDisplay.from_predictions(rows, TRUE, PREDICTED)
+        assert texts(display.texts_) == texts(expected.texts_)
+    for draw in (
+        ClassAccuracyDisplay.from_predictions,
+        partial(ImageGridDisplay.from_predictions, rows),
+    ):
+        with pytest.raises(ValueError, match="should be a 1d array"):
+            draw(TRUE, np.column_stack([PREDICTED, PREDICTED]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -713,6 +865,35 @@ def test__several_metrics__draw_the_one_that_decides():
     assert display.score_name == "mean test f1 macro"
     display = SweepHeatMapDisplay.from_search(search, score="mean_test_accuracy")
     assert sorted(display.scores.ravel()) == sorted(search.cv_results_["mean_test_accuracy"])
+
+
+def test__one_metric_named_by_refit__is_the_score(search):
+    named = GridSearchCV(search.estimator, search.param_grid, cv=2, refit="accuracy")
+    named.fit(X[:200], Y[:200])
+    assert "mean_test_accuracy" not in named.cv_results_
+    display = SweepHeatMapDisplay.from_search(named)
+    assert sorted(display.scores.ravel()) == sorted(named.cv_results_["mean_test_score"])
+
+
+def test__value_that_a_candidate_lacks__comes_last():
+    grid = [
+        {"max_depth": [9, 1], "min_samples_leaf": [5]},
+        {"min_samples_leaf": [40, 1]},
+        {"max_depth": [4, 1], "min_samples_leaf": [5]},
+    ]
+    tree = DecisionTreeClassifier(random_state=0)
+    search = GridSearchCV(tree, grid, cv=2).fit(X[:200], Y[:200])
+    display = SweepHeatMapDisplay.from_search(search, parameters=["max_depth", "min_samples_leaf"])
+    assert display.row_values == ["1", "4", "9", "–"]
+    assert display.column_values == ["1", "5", "40"]
+    lines = ParallelCoordinatesDisplay.from_search(search)
+    assert texts(lines.texts_[0]) == ["1", "4", "9", "–"]
+    table = pd.DataFrame({"a": [30.0, np.nan, 4.0, 200.0], "b": ["z", "x", np.nan, "y"]})
+    lines = ParallelCoordinatesDisplay.from_results(
+        table.assign(score_mean=[0.1, 0.2, 0.3, 0.4]), parameters=["a", "b"]
+    )
+    assert texts(lines.texts_[0]) == ["4", "30", "200", "–"]
+    assert texts(lines.texts_[1]) == ["x", "y", "z", "–"]
 
 
 def test__halving__counts_the_last_round_of_each_candidate():
