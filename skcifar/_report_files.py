@@ -9,7 +9,10 @@ import csv
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,35 @@ from numpy.typing import NDArray
 
 SCHEMA = "skcifar reproduction 1"
 RECORD_NAME = re.compile(r"\d{3}-[\w.-]+\.json")  # 002-cnn.json, 002-cnn.quick.json
+MAX_DEPTH = 20  # of objects within objects
+MAX_COUNT = 2**53  # of images in a cell: above it the page's script rounds
+MAX_GALLERY_BYTES = 2**29  # unpacked: a few hundred kB pack as much as one likes
+
+
+def has_study(folder: Path) -> bool:
+    """Tell whether there is a table with columns of ours, or one beside a provenance."""
+    path = folder / "table.csv"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        header = file.readline(2**16)
+    ours = b"cv_mean" in header or b"score_mean" in header
+    return ours or (folder / "provenance.json").is_file()
+
+
+def is_record(path: Path) -> bool:
+    """Tell whether a file has the mark of a record."""
+    if path.suffix != ".json" or path.name == "provenance.json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b'"skcifar reproduction' in file.read(2**16)
 
 
 def read_csv(path: Path) -> pd.DataFrame:
     """All cells as text: a class may be called 1, NA or nan."""
+    _check_here(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _cells_of_any_length(), path.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = [cells for cells in csv.reader(file) if cells]
     except (ValueError, csv.Error) as error:
         found = f"one that cannot be read ({error})" if path.stat().st_size else "an empty file"
@@ -39,16 +65,45 @@ def read_csv(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=header, dtype=object)
 
 
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Read long tracebacks too; the limit is one of the process."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a C long, of 32 bits on Windows
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    _check_here(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise unexpected(path, "a JSON file", f"one that cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise unexpected(path, "a JSON object", type(content).__name__)
+    depth = 0
+    level: list[Any] = [content]
+    while level:
+        depth += 1
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for each in inner for child in each if isinstance(child, dict | list)]
+    if depth > MAX_DEPTH:
+        raise unexpected(path, f"objects nested at most {MAX_DEPTH} deep", f"{depth}")
     return content
+
+
+def is_elsewhere(path: Path) -> bool:
+    """Tell links out of a folder: what lies elsewhere is not for a page that is passed on."""
+    return path.resolve().parent != path.parent.resolve()
+
+
+def _check_here(path: Path) -> None:
+    if is_elsewhere(path):
+        raise unexpected(path, "a file of the folder itself", f"a link to {path.resolve()}")
 
 
 def checked(
@@ -76,27 +131,49 @@ def listed(table: pd.DataFrame) -> str:
     return f"the columns {', '.join(map(str, table))}"
 
 
-def read_gallery(path: Path) -> tuple[str, dict[float, NDArray[np.uint8]]]:
-    expected = "arrays part (text), rows (k,) and images (k, H, W) or (k, H, W, 3) of uint8"
+def read_gallery(path: Path) -> tuple[str, dict[int, NDArray[np.uint8]]]:
+    _check_here(path)
+    arrays, found = {}, "none"
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with zipfile.ZipFile(path) as file:
+            headers = {name: _header(file, name) for name in ["part", "rows", "images"]}
+            found = ", ".join(f"{name} {s} of {dtype}" for name, (s, dtype) in headers.items())
+            if _fit_together(headers):
+                arrays = {name: _array(file, name) for name in headers}
     except Exception as error:  # zipfile, numpy and zlib have their own each
-        raise unexpected(path, expected, f"a file that cannot be read ({error})") from error
-    found = ", ".join(f"{name} {a.shape} of {a.dtype}" for name, a in arrays.items()) or "none"
-    if not {"part", "rows", "images"} <= set(arrays):
+        found = f"a file that cannot be read ({error})"
+    if not arrays:
+        expected = (
+            "arrays part (text), rows (k,) and images (k, H, W) or (k, H, W, 3) of uint8, of at "
+            f"most {MAX_GALLERY_BYTES:,} bytes"
+        )
         raise unexpected(path, expected, found)
-    rows, images = arrays["rows"], arrays["images"]
-    whole = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
-    if not whole or images.dtype != np.uint8 or rows.shape != images.shape[:1]:
-        raise unexpected(path, expected, found)
-    return str(arrays["part"]), dict(zip(rows.tolist(), images, strict=True))
+    rows = arrays["rows"].tolist()
+    return str(arrays["part"]), dict(zip(rows, arrays["images"], strict=True))
 
 
-def is_record(path: Path) -> bool:
-    if path.suffix != ".json" or path.name == "provenance.json":
-        return False
-    return bool(RECORD_NAME.fullmatch(path.name)) or b'"skcifar reproduction' in path.read_bytes()
+def _header(file: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array, before anything else is read of it."""
+    with file.open(f"{name}.npy") as stream:
+        one = np.lib.format.read_magic(stream) == (1, 0)
+        read = getattr(np.lib.format, f"read_array_header_{1 if one else 2}_0")
+        shape, _, dtype = read(stream)
+    return shape, dtype
+
+
+def _fit_together(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> bool:
+    part, rows, images = headers["part"], headers["rows"], headers["images"]
+    shape = images[0]
+    of_images = len(shape) == 3 or (len(shape) == 4 and shape[-1] == 3)
+    whole = of_images and min(shape[1:]) > 0 and rows[0] == shape[:1] and part[0] == ()
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
+    kinds = images[1] == np.uint8 and rows[1].kind in "iu" and part[1].kind == "U"
+    return whole and kinds and size <= MAX_GALLERY_BYTES
+
+
+def _array(file: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with file.open(f"{name}.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -108,23 +185,43 @@ def read_record(path: Path) -> dict[str, Any]:
     kinds = {"id": str, "title": str, "rows": list, "provenance": dict, "pictures": list}
     _check_fields(path, record, kinds)
     for row in record["rows"]:
-        if not isinstance(row, dict):
-            raise unexpected(path, "rows to be objects", repr(row)[:60])
-        _check_fields(path, row, {"name": str, "figures": dict})
-        for name, kind in {"reported_figures": dict, "curve": list, "classes": dict}.items():
-            row[name] = row.get(name) or kind()
-            _check_fields(path, row, {name: kind})
-        for name in ["figures", "reported_figures", "classes"]:
-            row[name] = {key: _a_number(value, path, key) for key, value in row[name].items()}
-        row["seconds"] = _a_number(row.get("seconds"), path, "seconds")
+        _check_row(path, row)
+    names = [row["name"] for row in record["rows"]]
+    if len(set(names)) < len(names):
+        raise unexpected(path, "rows of different names", repr(names))
     minutes = _a_number(record.get("reported_minutes"), path, "reported_minutes")
     return {**record, "reported_minutes": minutes}
+
+
+def _check_row(path: Path, row: Any) -> None:
+    """Fill in what a row leaves out, and turn its numbers into floats."""
+    if not isinstance(row, dict):
+        raise unexpected(path, "rows to be objects", repr(row)[:60])
+    _check_fields(path, row, {"name": str, "figures": dict})
+    optional = {"reported_figures": dict, "curve": list, "classes": dict, "pictures": list}
+    for name, kind in optional.items():
+        row[name] = row.get(name) or kind()
+    _check_fields(path, row, optional)
+    for name in ["figures", "reported_figures", "classes"]:
+        row[name] = _numbers(row[name], path)
+    for index, epoch in enumerate(row["curve"]):
+        if not isinstance(epoch, dict):
+            raise unexpected(path, "curve to be of objects", repr(epoch)[:60])
+        texts = {key: value for key, value in epoch.items() if isinstance(value, str)}
+        numbers = {key: value for key, value in epoch.items() if key not in texts}
+        row["curve"][index] = {**texts, **_numbers(numbers, path)}
+    row["seconds"] = _a_number(row.get("seconds"), path, "seconds")
 
 
 def _check_fields(path: Path, fields: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         if not isinstance(fields.get(name), kind):
-            raise unexpected(path, f"{name} to be of type {kind.__name__}", repr(fields.get(name)))
+            found = repr(fields.get(name))[:60]
+            raise unexpected(path, f"{name} to be of type {kind.__name__}", found)
+
+
+def _numbers(values: Mapping[str, Any], path: Path) -> dict[str, float]:
+    return {name: _a_number(value, path, name) for name, value in values.items()}
 
 
 def _a_number(value: Any, path: Path, name: str) -> float:
@@ -132,14 +229,17 @@ def _a_number(value: Any, path: Path, name: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise unexpected(path, f"{name} to be a number", repr(value)[:60])
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise unexpected(path, f"{name} to be a number", repr(f"{str(value)[:20]}…")) from error
 
 
 def confusion_counts(confusion: Any, path: Path) -> NDArray[np.int64]:
     whole = isinstance(confusion, list) and all(
         isinstance(row, list)
         and len(row) == len(confusion)
-        and all(type(count) is int for count in row)
+        and all(type(count) is int and 0 <= count <= MAX_COUNT for count in row)
         for row in confusion
     )
     if not whole:

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skcifar._report_files import checked, read_csv, read_gallery, unexpected
+from skcifar._report_files import checked, is_elsewhere, read_csv, read_gallery
 
+FEW_CURVES = 7  # have colours of their own: as many as report.css names
 MAX_CURVES = 12  # models or candidates whose learning curves are drawn
 MAX_LINES = 200  # candidates in parallel coordinates
 MAX_POINTS = 400  # of a curve: more than a screen tells apart
+MAX_VALUES = 30  # of a parameter in the heat map
+MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS = 10_000_000, 40_000_000
 MAX_WRONG, MAX_RIGHT = 12, 4  # images of a model in the gallery
 THUMBNAIL = 96  # pixels, the longer side of a gallery image
 MISSING = "–"
+OF_RUN = ["date", "seed", "device", "machine", "versions"]  # a record may be of several runs
 INSTALL = "the report page needs {}: pip install 'skcifar[report]'"
 
 Block = dict[str, Any]  # what one piece of the template shows; "is" names the piece
@@ -37,6 +42,7 @@ class Column(NamedTuple):
     texts: list[str]
     keys: list[Any]  # numbers or text; None where there is nothing
     numeric: bool
+    details: list[str] | None = None  # small print below the texts
 
 
 def text_column(title: str, values: pd.Series) -> Column:
@@ -48,7 +54,7 @@ def setting_column(title: str, values: pd.Series) -> Column:
     """Sort a parameter as numbers if all its values are some; write it as in the file."""
     numbers = pd.to_numeric(values, errors="coerce")
     column = text_column(title, values)
-    if numbers.notna().all():
+    if numbers[values != ""].notna().all():  # a candidate may be without the parameter
         return column._replace(keys=json_numbers(numbers), numeric=True)
     return column
 
@@ -81,6 +87,38 @@ def spread_column(title: str, means: pd.Series, spreads: pd.Series) -> Column:
         for mean, spread in zip(means, spreads, strict=True)
     ]
     return Column(title, texts, json_numbers(means), True)
+
+
+def difference_columns(table: pd.DataFrame, path: Path) -> list[Column]:
+    """Show the differences of a comparison with their intervals."""
+    names = ["difference", "difference_low", "difference_high"]
+    if not set(names) <= set(table):
+        return []
+    values = checked(table, path, numbers=names)[names]
+    texts = [
+        MISSING
+        if math.isnan(middle)
+        else "best"
+        if middle == 0
+        else f"{written(middle, '+.4f')} [{written(low, '+.4f')}, {written(high, '+.4f')}]"
+        for middle, low, high in values.itertuples(index=False)
+    ]
+    return [Column("difference", texts, json_numbers(values["difference"]), True)]
+
+
+def chance_columns(table: pd.DataFrame, path: Path) -> list[Column]:
+    """Show the differences of a sweep, and mark those within chance."""
+    if "difference" not in table:
+        return []
+    values = checked(table, path, numbers=["difference"])["difference"]
+    like_best = table.get("like_best", pd.Series("", table.index)) == "True"
+    texts = [
+        "best"
+        if value == 0
+        else ("~ " if like and not math.isnan(value) else "") + written(value, "+.4f")
+        for value, like in zip(values, like_best, strict=True)
+    ]
+    return [Column("difference", texts, json_numbers(values), True)]
 
 
 def class_table(
@@ -121,10 +159,16 @@ def learning_curves(
 
 
 def curve_chart(
-    epochs: pd.DataFrame, path: Path, key: str, labels: Mapping[str, str], notes: Sequence[str]
+    epochs: pd.DataFrame,
+    path: Path,
+    key: str,
+    labels: Mapping[str, str],
+    notes: Sequence[str],
+    which: str = "best",
 ) -> list[Block]:
     """Means over folds and repeats at each epoch, for those of `labels` that have any."""
-    epochs = checked(epochs, path, numbers=["epoch"]).dropna(subset="epoch")
+    epochs = checked(epochs, path, numbers=["epoch"])
+    epochs = epochs[np.isfinite(epochs["epoch"])]
     present = set(epochs[key])
     recorded = [name for name in labels if name in present]
     drawn = recorded[:MAX_CURVES]
@@ -140,7 +184,7 @@ def curve_chart(
     groups = measured.groupby([epochs[key], epochs["epoch"]])
     means, lows, highs = groups.mean(), groups.min(), groups.max()
     recorded_at = sorted(epochs["epoch"].unique().tolist())
-    at = _thinned(recorded_at)
+    at = _thinned(means)
     quantities: dict[str, list[Block]] = {}
     for column in measured:
         part, _, quantity = str(column).partition("_")
@@ -155,16 +199,21 @@ def curve_chart(
                 quantities.setdefault(quantity, []).append(curve)
     order = sorted(quantities, key=lambda name: {"loss": 0, "accuracy": 1}.get(name, 2))
     spread = any("low" in curve for curves in quantities.values() for curve in curves)
-    folds = "Means over the folds still training, shaded from lowest to highest. " if spread else ""
-    left_out = left_out_note(len(recorded), len(drawn), "curves")
+    parts = {curve["part"] for curves in quantities.values() for curve in curves}
+    told = [
+        "Means over the folds still training, shaded from lowest to highest. " * spread,
+        "Training is solid, validation dashed. " * ({"train", "valid"} <= parts),
+        f"Brighter is {'better' if which == 'best' else 'first'}. " * (len(drawn) > FEW_CURVES),
+    ]
+    left_out = left_out_note(len(recorded), len(drawn), "curves", which)
     few = f"{len(at):,} of {len(recorded_at):,} epochs are drawn." * (len(at) < len(recorded_at))
     return [
         {
             "is": "chart",
             "chart": "curves",
             "heading": "Learning curves",
-            "caption": f"{folds}Point at an epoch, or use the arrow keys, to read the values; the "
-            "buttons hide and show a curve.",
+            "caption": f"{''.join(told)}Point at an epoch, or use the arrow keys, to read the "
+            "values; the buttons hide and show a curve.",
             "note": " ".join(filter(None, [*notes, left_out, few])),
             "data": {
                 "labels": [labels[name] for name in drawn],
@@ -175,26 +224,34 @@ def curve_chart(
     ]
 
 
-def _thinned(epochs: Sequence[float]) -> list[float]:
-    """At most MAX_POINTS of them, the first and the last included."""
-    last = len(epochs) - 1
-    places = np.unique(np.linspace(0, last, min(len(epochs), MAX_POINTS)).round().astype(int))
-    return [epochs[place] for place in places]
+def _thinned(means: pd.DataFrame) -> list[float]:
+    """At most MAX_POINTS epochs of each curve, its first and its last included."""
+    kept: set[float] = set()
+    for _, ours in means.groupby(level=0):
+        # validation may come once in many epochs
+        for measured in [ours, *(ours[ours[column].notna()] for column in ours)]:
+            epochs = measured.index.get_level_values(1)
+            places = np.linspace(0, len(epochs) - 1, min(len(epochs), MAX_POINTS))
+            kept.update(epochs[places.round().astype(int)])
+    return sorted(kept)
 
 
 def confusion_chart(
-    matrices: Mapping[str, NDArray[Any]], classes: Sequence[str], where: str = ""
+    matrices: Mapping[str, NDArray[Any]], classes: Mapping[str, Sequence[str]], where: str = ""
 ) -> list[Block]:
+    """Draw matrices by label, each with its own classes."""
     if not matrices:
         return []
-    options = [{"label": name, "counts": m.tolist()} for name, m in matrices.items()]
     return [
         {
             "is": "chart",
             "chart": "confusion",
             "heading": "Confusion matrix",
             "caption": f"Images of each class (row) by the class predicted (column){where}.",
-            "data": {"classes": list(classes), "options": options},
+            "data": [
+                {"label": name, "classes": list(classes[name]), "counts": counts.tolist()}
+                for name, counts in matrices.items()
+            ],
         }
     ]
 
@@ -212,30 +269,40 @@ def sweep_maps(drawn: pd.DataFrame, short: Mapping[str, str]) -> list[Block]:
         "scores": scores[: len(lines)],
         "ranks": [int(rank) for rank in lines["rank"]],
     }
-    chart = {"is": "chart", "note": None}
+    few = [axis for axis in axes if len(axis["values"]) <= MAX_VALUES]
+    many = [axis["title"] for axis in axes if axis not in few]
+    rounds = drawn["round"].nunique() if "round" in drawn else 1
+    notes = [
+        "Scores are of each candidate's last round, so that of those given up early they are of "
+        "a shorter training. " * (rounds > 1),
+        f"Parameters of more than {MAX_VALUES} values are left out: {', '.join(many)}." * any(many),
+    ]
     heat_map = {
-        **chart,
+        "is": "chart",
         "chart": "heatMap",
         "heading": "Two parameters",
-        "caption": "The best score of the ranked candidates with both values.",
-        "data": {"axes": axes, "scores": scores},
+        "caption": "The best score of the ranked candidates with both values; brighter is better.",
+        "data": {"axes": few, "scores": scores},
+        "note": "".join(notes),
     }
     coordinates = {
-        **chart,
+        "is": "chart",
         "chart": "parallel",
         "heading": "All parameters",
         "caption": "A line is a candidate with a rank and a score, from the parameters that vary "
-        "to the score. Point at one, or step through them with the arrow keys.",
+        "to the score; brighter is better, and lies above the others. Point at one, or step "
+        "through them with the arrow keys.",
         "data": parallel,
         "note": left_out_note(len(drawn), len(lines), "candidates"),
     }
-    return [*([heat_map] if len(axes) > 1 else []), coordinates]
+    return [*([heat_map] if len(few) > 1 else []), coordinates]
 
 
 def _axis(title: str, values: pd.Series) -> Block:
     """Give the values of a parameter in order, and the place of each candidate's among them."""
     places = {value: place for place, value in enumerate(in_order(values.unique()))}
-    return {"title": title, "values": list(places), "at": [places[value] for value in values]}
+    at = [places[value] for value in values]
+    return {"title": title, "values": [value or MISSING for value in places], "at": at}
 
 
 # -- text ------------------------------------------------------------------------------------------
@@ -253,10 +320,27 @@ def fact_list(provenance: Any, before: str = "") -> list[tuple[str, str]]:
     return facts
 
 
-def left_out_note(n_all: int, n_shown: int, what: str) -> str | None:
+def facts_of_runs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Give what is of a record, and what is of each row's run: once, where all rows agree."""
+    runs = {
+        row["name"]: dict(fact_list({name: row[name] for name in OF_RUN if name in row}))
+        for row in record["rows"]
+    }
+    told = {name for name in OF_RUN if any(name in row for row in record["rows"])}
+    facts = fact_list({k: value for k, value in record["provenance"].items() if k not in told})
+    for name in dict.fromkeys(name for run in runs.values() for name in run):
+        found = {row: run.get(name, MISSING) for row, run in runs.items()}
+        if len(set(found.values())) == 1:
+            facts.append((name, next(iter(found.values()))))
+        else:
+            facts += [(f"{row}: {name}", value) for row, value in found.items()]
+    return facts
+
+
+def left_out_note(n_all: int, n_shown: int, what: str, which: str = "best") -> str | None:
     if n_all == n_shown:
         return None
-    return f"The best {n_shown:,} of {n_all:,} {what}; {n_all - n_shown:,} are left out."
+    return f"The {which} {n_shown:,} of {n_all:,} {what}; {n_all - n_shown:,} are left out."
 
 
 def part_title(part: str) -> str:
@@ -266,17 +350,27 @@ def part_title(part: str) -> str:
 
 
 def in_order(values: Iterable[str]) -> list[str]:
-    """As numbers if all are some, else as text."""
+    """As numbers if all are some, else as text; what is missing comes last."""
     values = list(values)
+    missing = [value for value in values if value == ""]
+    values = [value for value in values if value != ""]
     numbers = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce")
     if numbers.notna().all():
-        return [values[place] for place in np.argsort(numbers.to_numpy(float), kind="stable")]
-    return sorted(values)
+        places = np.argsort(numbers.to_numpy(float), kind="stable")
+        return [*(values[place] for place in places), *missing]
+    return [*sorted(values), *missing]
 
 
 def json_numbers(values: Iterable[Any]) -> list[float | None]:
     """Numbers for JSON, which knows no NaN and no infinity, to six digits."""
     return [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
+
+
+def figure_digits(name: str, value: float) -> str:
+    """Give the format of a figure that a system has: a share, a count, or of any size."""
+    if "accuracy" in name:
+        return ".4f"
+    return ",.0f" if abs(value) < 1e9 and value == round(value) else ".4g"
 
 
 def written(value: float, digits: str) -> str:
@@ -292,10 +386,9 @@ def gallery(path: Path, predictions: pd.DataFrame) -> list[Block]:
     if not path.is_file():
         return []
     part, images = read_gallery(path)
+    # of a model without probabilities the first come first, as in the file of images
     shown = predictions[
-        (predictions["part"] == part)
-        & predictions["row"].isin(images)
-        & predictions["confidence"].notna()
+        (predictions["part"] == part) & predictions["row"].isin(images)
     ].sort_values("confidence", ascending=False, kind="stable")
     models = []
     for model, rows in shown.groupby("model", sort=False):
@@ -306,18 +399,19 @@ def gallery(path: Path, predictions: pd.DataFrame) -> list[Block]:
         )
     caption = (
         f"A model's most confident predictions, at most {MAX_WRONG} wrong and {MAX_RIGHT} right; "
-        f"{part_title(part)}. Images are shrunk to {THUMBNAIL} pixels, if they are larger."
+        f"{part_title(part)}. Of a model without probabilities, the first. "
+        f"Images are shrunk to {THUMBNAIL} pixels, if they are larger."
     )
     return [{"is": "gallery", "caption": caption, "models": models}] if models else []
 
 
-def _cards(chosen: pd.DataFrame, images: Mapping[float, NDArray[np.uint8]]) -> list[Block]:
+def _cards(chosen: pd.DataFrame, images: Mapping[int, NDArray[np.uint8]]) -> list[Block]:
     return [
         {
             **{name: row[name] for name in ["actual", "predicted"]},
             "row": int(row["row"]),
-            "source": _data_uri(_png(images[row["row"]]), "image/png"),
-            "confidence": f"{100 * row['confidence']:.1f}%",
+            "source": _data_uri(_png(images[int(row["row"])]), "image/png"),
+            "confidence": "" if math.isnan(row["confidence"]) else f"{row['confidence']:.1%}",
         }
         for row in chosen.to_dict("records")
     ]
@@ -331,25 +425,37 @@ def _png(pixels: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def picture_list(folder: Path, names: Sequence[str]) -> list[Block]:
-    pictures = []
-    for name in names:
+def picture_list(folder: Path, captions: Mapping[str, str]) -> list[Block]:
+    """Embed the pictures of a folder that `captions` names, and tell which cannot be."""
+    pictures, refused = [], []
+    for name, caption in captions.items():
         # A record names files beside it and no others.
-        path = folder / Path(str(name)).name
-        if path.is_file():
-            pictures.append({"name": path.name, **_picture(path)})
-    return [{"is": "pictures", "pictures": pictures}] if pictures else []
+        path = folder / Path(name).name
+        try:
+            if path.is_file():
+                pictures.append({"name": path.name, "caption": caption, **_picture(path)})
+        except ImportError:
+            raise
+        except Exception as error:  # Pillow raises its own, OSError, SyntaxError and ValueError
+            refused.append(f"{path.name:.60} ({error!s:.200})")
+    told = f"Pictures that cannot be shown: {'; '.join(refused)}." if refused else ""
+    return [{"is": "pictures", "pictures": pictures, "note": told}] if pictures or told else []
 
 
 def _picture(path: Path) -> Block:
+    if is_elsewhere(path):
+        raise ValueError("a link out of the folder")
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise ValueError(f"more than {MAX_PICTURE_BYTES:,} bytes")
     content = path.read_bytes()
     pillow = _pillow()
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit here is lower
         with pillow.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
-            image.verify()
             (width, height), kind = image.size, pillow.MIME[image.format]
-    except Exception as error:  # Pillow raises its own, OSError, SyntaxError and ValueError
-        raise unexpected(path, "a PNG or JPEG picture", str(error)) from error
+            if width * height > MAX_PICTURE_PIXELS:
+                raise ValueError(f"more than {MAX_PICTURE_PIXELS:,} pixels")
+            image.verify()
     return {"source": _data_uri(content, kind), "width": width, "height": height}
 
 

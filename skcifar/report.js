@@ -6,8 +6,7 @@
     [68, 1, 84], [72, 36, 117], [65, 68, 135], [53, 95, 141], [42, 120, 142], [33, 145, 140],
     [34, 168, 132], [68, 191, 112], [122, 209, 81], [189, 223, 38], [253, 231, 37],
   ];
-  const PARTS = { train: "training", valid: "validation", "": "value" };
-  const BOTH = { train: "┄ training", valid: "— validation", "": "value" };
+  const PARTS = { train: "— training", valid: "┄ validation", "": "value" };
   const MISSING = "–";
   const FAN = 22; // pixels
 
@@ -64,11 +63,12 @@
     const controls = make("div", { class: "choose" }, choice,
       make("label", {}, logarithmic, "logarithmic"));
     // One element for all drawings, so that it keeps the focus.
-    const svg = make("svg", { width: 0, height: 0, tabindex: 0, role: "img" });
+    const svg = make("svg", { width: 0, height: 0, tabindex: 0, role: "application" });
     const plot = make("div", { class: "plot" }, svg);
     const values = make("div", { class: "scroll", tabindex: 0, role: "region",
       "aria-label": "Values of the curves" });
-    figure.append(controls, make("div", { class: "curves" }, plot, values));
+    const told = make("p", { class: "unseen", role: "status" }); // to those who hear the page
+    figure.append(controls, make("div", { class: "curves" }, plot, values), told);
     let readout = () => {};
     let mark = () => {};
     let x;
@@ -95,9 +95,9 @@
     function tabulate() {
       const parts = ["valid", "train", ""].filter((part) =>
         quantity.curves.some((curve) => curve.part === part));
-      const caption = make("caption", { "aria-live": "polite" });
+      const caption = make("caption");
       const head = make("tr", {}, make("td"), ...parts.map((part) =>
-        make("th", { scope: "col", class: "number" }, (parts.length > 1 ? BOTH : PARTS)[part])));
+        make("th", { scope: "col", class: "number" }, PARTS[part])));
       const table = make("table", { class: "values" }, caption, make("thead", {}, head));
       const body = make("tbody");
       const cells = [];
@@ -114,7 +114,7 @@
         for (const part of parts) {
           const curve = quantity.curves.find((c) => c.label === index && c.part === part);
           const cell = make("td", { class: "number" });
-          cells.push([cell, curve]);
+          cells.push([cell, curve, `${label} ${PARTS[part].split(" ").at(-1)}`]);
           row.append(cell);
         }
         body.append(row);
@@ -123,10 +123,13 @@
       values.replaceChildren(table);
       return () => {
         caption.textContent = cursor === null ? "Last epoch of each" : `Epoch ${data.epochs[cursor]}`;
-        for (const [cell, curve] of cells) {
+        const heard = [];
+        for (const [cell, curve, name] of cells) {
           const last = () => curve.mean.findLast((value) => value !== null);
           cell.textContent = curve ? aligned(cursor === null ? last() : curve.mean[cursor]) : MISSING;
+          if (curve && !hidden.has(curve.label)) heard.push(`${name} ${cell.textContent}`);
         }
+        told.textContent = cursor === null ? "" : `${caption.textContent}: ${heard.join("; ")}`;
       };
     }
 
@@ -142,14 +145,15 @@
         "aria-label": `${words(quantity.name)} at each epoch; arrow keys move the epoch` });
       drawAxes(svg, box, x, y, words(quantity.name));
       const many = shown.length > 8;
-      const both = quantity.curves.some((curve) => curve.part === "valid");
       for (const curve of shown) {
         if (curve.low && !many) svg.append(painted(band(curve, x, y), curve));
       }
       for (const curve of shown) {
-        const line = make("path", { class: `series swatched ${both ? curve.part : ""}`,
-          d: path(curve.mean.map((v, i) => [x(data.epochs[i]), y(v)])) });
-        svg.append(painted(line, curve));
+        const points = curve.mean.map((v, i) => [x(data.epochs[i]), y(v)]);
+        svg.append(painted(make("path", { class: `series swatched ${curve.part}`, d: path(points) }), curve));
+        for (const [cx, cy] of lone(points)) {
+          svg.append(painted(make("circle", { class: "lone swatched", cx, cy, r: 2.6 }), curve));
+        }
       }
       const marks = make("g");
       svg.append(marks);
@@ -176,6 +180,12 @@
       return element;
     }
     draw();
+  }
+
+  // Points between gaps, of which a line shows nothing.
+  function lone(points) {
+    const gap = (i) => (points[i]?.[1] ?? null) === null;
+    return points.filter((_, i) => !gap(i) && gap(i - 1) && gap(i + 1));
   }
 
   function spansDecades(quantity) {
@@ -222,11 +232,11 @@
   function confusion(figure, data) {
     const place = make("div", { class: "side" });
     const show = (index) => {
-      const { label, counts } = data.options[index];
-      const bars = classBars(data.classes, counts, label);
-      place.replaceChildren(scrolling(matrix(data.classes, counts, label), "Confusion matrix"), bars);
+      const { label, classes, counts } = data[index];
+      const bars = classBars(classes, counts, label);
+      place.replaceChildren(scrolling(matrix(classes, counts, label), "Confusion matrix"), bars);
     };
-    const names = data.options.map((option) => option.label);
+    const names = data.map((option) => option.label);
     figure.append(make("div", { class: "choose" }, select("Model", names, show)), place);
     show(0);
   }
@@ -325,7 +335,7 @@
       const across = scale(0, data.axes.length, box.left, box.right);
       const heights = data.axes.map((axis) => spread(axis.values.length, box));
       const y = scale(low, high === low ? low + 1 : high, box.bottom, box.top);
-      const svg = make("svg", { width, height: 312, tabindex: 0, role: "img",
+      const svg = make("svg", { width, height: 312, tabindex: 0, role: "application",
         "aria-label": "Candidates from their parameters to their score; arrow keys step through them" });
       const lines = data.scores.map((score, i) => {
         // candidates that share a value are fanned out, the best on top
@@ -489,16 +499,16 @@
     return best;
   }
 
-  // Few curves have colours of their own; many run from dark to light in the order of rank.
+  // Few curves have colours of their own; many run from bright to dark in the order of rank.
   function colour(element, index, count) {
     if (count > 7) return shade(element, count > 1 ? index / (count - 1) : 0);
     element.style.setProperty("--light", `var(--c${index})`);
     element.style.setProperty("--dark", `var(--c${index})`);
   }
 
-  // 0, the best, stands out most: dark on a light page, light on a dark one.
+  // 0, the best, is the brightest that shows on the page: of a light one the yellows do not.
   function shade(element, share) {
-    element.style.setProperty("--light", `rgb(${viridis(0.82 * share)})`);
+    element.style.setProperty("--light", `rgb(${viridis(0.58 * (1 - share))})`);
     element.style.setProperty("--dark", `rgb(${viridis(1 - 0.58 * share)})`);
   }
 

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from skcifar._fitted import short_names
 from skcifar._report_files import (
+    RECORD_NAME,
     checked,
     confusion_counts,
+    has_study,
     is_record,
     listed,
     read_csv,
@@ -35,18 +37,21 @@ from skcifar._report_pieces import (
     MISSING,
     Block,
     Column,
+    chance_columns,
     class_table,
     confusion_chart,
     curve_chart,
+    difference_columns,
     fact_list,
+    facts_of_runs,
     failure_list,
+    figure_digits,
     fold_columns,
     gallery,
     in_order,
     json_numbers,
     learning_curves,
     left_out_note,
-    number_column,
     number_columns,
     part_title,
     picture_list,
@@ -60,6 +65,7 @@ from skcifar._report_pieces import (
 __all__ = ["write_report"]
 
 MAX_ROWS = 1000  # of the table of candidates
+NOTHING = "There is no row in the table yet."
 
 
 def write_report(
@@ -131,7 +137,9 @@ def write_report(
             f"no results in {folder} or below it: looked for table.csv, which compare and sweep "
             "write, and for the JSON records of reproduce"
         )
-    output.write_text(_render(sections, folder.resolve().name), encoding="utf-8")
+    page = _render(sections, folder.resolve().name)
+    # a folder's name may be of bytes that are no text
+    output.write_text(page, encoding="utf-8", errors="replace")
     return output
 
 
@@ -164,8 +172,15 @@ def _sections(folder: Path) -> Iterator[Block]:
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         here = Path(path)
-        found = [_study(here)] if "table.csv" in files else []
-        records = [read_record(here / file) for file in sorted(files) if is_record(here / file)]
+        # Of the folder that was asked for, what goes by a name of ours is taken at its word;
+        # below it there may be files of anyone's.
+        named = here == folder
+        found = [_study(here)] if has_study(here) or (named and "table.csv" in files) else []
+        records = [
+            read_record(here / file)
+            for file in sorted(files)
+            if is_record(here / file) or (named and RECORD_NAME.fullmatch(file))
+        ]
         found += [_reproduction(records)] if records else []
         for section in found:
             inside = here.relative_to(folder).as_posix()
@@ -180,6 +195,9 @@ def _study(folder: Path) -> Block:
             provenance = read_json(folder / "provenance.json")
             title = provenance.get("title") or folder.resolve().name
             section = {"title": title, "provenance": fact_list(provenance)}
+            if table.empty:
+                kind = "Comparison" if describe is _comparison else "Sweep"
+                return section | {"kind": kind, "blocks": [{"is": "text", "text": NOTHING}]}
             return section | describe(folder, table, provenance)
     raise unexpected(
         folder / "table.csv",
@@ -210,7 +228,7 @@ def _leaderboard(table: pd.DataFrame, path: Path) -> Block:
     columns = [
         text_column("model", table["model"]),
         spread_column("accuracy", table["cv_mean"], table["cv_std"]),
-        *_differences(table, path),
+        *difference_columns(table, path),
         *number_columns(
             table, path, {"train_score": ("train", ".4f"), "test_score": ("test", ".4f")}
         ),
@@ -227,22 +245,6 @@ def _leaderboard(table: pd.DataFrame, path: Path) -> Block:
         "columns": columns,
         "sorted": "accuracy",
     }
-
-
-def _differences(table: pd.DataFrame, path: Path) -> list[Column]:
-    names = ["difference", "difference_low", "difference_high"]
-    if not set(names) <= set(table):
-        return []
-    values = checked(table, path, numbers=names)[names]
-    texts = [
-        MISSING
-        if math.isnan(middle)
-        else "best"
-        if middle == 0
-        else f"{written(middle, '+.4f')} [{written(low, '+.4f')}, {written(high, '+.4f')}]"
-        for middle, low, high in values.itertuples(index=False)
-    ]
-    return [Column("difference", texts, json_numbers(values["difference"]), True)]
 
 
 def _mistakes(folder: Path, provenance: Mapping[str, Any]) -> list[Block]:
@@ -268,7 +270,7 @@ def _mistakes(folder: Path, provenance: Mapping[str, Any]) -> list[Block]:
         matrices[label] = counts.reshape(len(classes), -1)  # actual, predicted
     where = " and ".join(part_title(part) for part in predictions["part"].unique())
     return [
-        *confusion_chart(matrices, classes, f"; {where}"),
+        *confusion_chart(matrices, dict.fromkeys(matrices, classes), f"; {where}"),
         *class_table({name: _diagonal(counts) for name, counts in matrices.items()}, classes),
         *gallery(folder / "gallery.npz", predictions),
     ]
@@ -276,7 +278,7 @@ def _mistakes(folder: Path, provenance: Mapping[str, Any]) -> list[Block]:
 
 def _known_classes(provenance: Mapping[str, Any]) -> list[str]:
     names = _data(provenance).get("class_names")
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return list(dict.fromkeys(map(str, names))) if isinstance(names, list) else []
 
 
 def _data(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,15 +297,18 @@ def _diagonal(counts: NDArray[Any]) -> NDArray[np.float64]:
 def _sweep(folder: Path, table: pd.DataFrame, provenance: Mapping[str, Any]) -> Block:
     path = folder / "table.csv"
     names = provenance.get("parameters") or _between([*map(str, table)], "rank", "round")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        expected = "parameters to be a list of columns of table.csv"
+        raise unexpected(folder / "provenance.json", expected, repr(names)[:60])
     table = checked(table, path, text=["candidate", *names], numbers=["rank", "score_mean"])
     if "score_std" not in table:
         table["score_std"] = ""
     table = checked(table, path, numbers=["score_std"]).sort_values("rank", kind="stable")
     short = short_names(names)
-    ranked = table[table["rank"].notna()]
+    ranked = table[np.isfinite(table["rank"])]
     drawn = ranked[ranked["score_mean"].notna()]
     labels = {
-        row["candidate"]: f"{row['rank']:.0f}: " + ", ".join(row[name] for name in names)
+        row["candidate"]: f"{row['rank']:.0f}: " + ", ".join(row[name] or MISSING for name in names)
         for row in drawn.to_dict("records")
     }
     key = ["Named by their rank: " + ", ".join(short.values()) + "."]
@@ -332,7 +337,7 @@ def _candidates(table: pd.DataFrame, path: Path, short: Mapping[str, str]) -> Bl
         *(setting_column(title, shown[name]) for name, title in short.items()),
         *number_columns(shown, path, rounds),
         spread_column("score", shown["score_mean"], shown["score_std"]),
-        *_sweep_differences(shown, path),
+        *chance_columns(shown, path),
         *number_columns(shown, path, {"seed_std": ("± seeds", ".4f")}),
         *number_columns(
             shown, path, {c: (c.replace("_", " "), ".4f") for c in ["train_loss", "valid_loss"]}
@@ -356,20 +361,6 @@ def _candidates(table: pd.DataFrame, path: Path, short: Mapping[str, str]) -> Bl
     }
 
 
-def _sweep_differences(table: pd.DataFrame, path: Path) -> list[Column]:
-    if "difference" not in table:
-        return []
-    values = checked(table, path, numbers=["difference"])["difference"]
-    like_best = table.get("like_best", pd.Series("", table.index)) == "True"
-    texts = [
-        "best"
-        if value == 0
-        else ("~ " if like and not math.isnan(value) else "") + written(value, "+.4f")
-        for value, like in zip(values, like_best, strict=True)
-    ]
-    return [Column("difference", texts, json_numbers(values), True)]
-
-
 # -- reproductions ---------------------------------------------------------------------------------
 
 
@@ -378,19 +369,20 @@ def _reproduction(records: Sequence[dict[str, Any]]) -> Block:
         _Line(record, row, name)
         for record in records
         for row in record["rows"]
-        for name in row["figures"] or [""]
+        for name in dict.fromkeys([*row["figures"], *row["reported_figures"]]) or [""]
     ]
     summary = {
         "is": "table",
         "heading": "Systems",
         "caption": "The figure that a report gives, beside the one measured here.",
         "columns": _system_columns(lines),
+        "wrapped": True,
     }
     systems = [_system(record) for record in records]
-    title = f"{len(records)} system{'s' * (len(records) != 1)} of the reports"
+    n_systems = len({record["id"] for record in records})  # scaled down and full are one
     return {
         "kind": "Reproduction",
-        "title": title,
+        "title": f"{n_systems} system{'s' * (n_systems != 1)} of the reports",
         "blocks": [summary, *systems],
         "provenance": [],
     }
@@ -418,52 +410,55 @@ class _Line(NamedTuple):
 
 
 def _system_columns(lines: Sequence[_Line]) -> list[Column]:
-    def number(title: str, values: Iterable[Any], digits: str) -> Column:
-        return number_column(title, pd.Series(values, dtype=float), digits)
-
     def text(title: str, values: Iterable[str]) -> Column:
         return text_column(title, pd.Series(values, dtype=object))
 
+    def figure(title: str, values: Sequence[float], sign: str = "") -> Column:
+        named = zip([line.name for line in lines], values, strict=True)
+        texts = [written(value, sign + figure_digits(name, value)) for name, value in named]
+        return Column(title, texts, json_numbers(values), True)
+
+    def number(title: str, values: Sequence[float], digits: str) -> Column:
+        texts = [written(value, digits) for value in values]
+        return Column(title, texts, json_numbers(values), True)
+
+    runs = ["scaled down" if line.row.get("scaled") else "full" for line in lines]
+    titles = [line.record["title"] for line in lines]
     return [
-        text("system", [line.record["id"] for line in lines]),
+        text("system", [line.record["id"] for line in lines])._replace(details=titles),
         text("row", [line.row["name"] for line in lines]),
-        text("run", ["scaled down" if line.row.get("scaled") else "full" for line in lines]),
         text("figure", [line.name or MISSING for line in lines]),
-        number("report", [line.reported for line in lines], ".4f"),
-        number("ours", [line.ours for line in lines], ".4f"),
-        number("difference", [line.ours - line.reported for line in lines], "+.4f"),
+        figure("report", [line.reported for line in lines]),
+        figure("ours", [line.ours for line in lines]),
+        figure("difference", [line.ours - line.reported for line in lines], "+"),
+        *([text("run", runs)] if len(set(runs)) > 1 else []),
         number("report, min", [line.record["reported_minutes"] for line in lines], "g"),
         number("ours, s", [line.row["seconds"] for line in lines], ".1f"),
         text("data", [line.data for line in lines]),
-        text("what", [line.record["title"] for line in lines]),
     ]
 
 
 def _system(record: Mapping[str, Any]) -> Block:
     path, rows = record["file"], record["rows"]
-    names = [row["name"] for row in rows]
     facts = [("report", str(record.get("reported") or MISSING))]
     for row in rows:
-        parts = [str(row[key]) for key in ["estimator", "protocol", "scaled"] if row.get(key)]
+        parts = [
+            str(row[key]) for key in ["estimator", "protocol", "scaled", "note"] if row.get(key)
+        ]
         facts.append((row["name"], "; ".join(parts) or MISSING))
-    curves = [pd.DataFrame(row["curve"]).assign(row=row["name"]) for row in rows if row["curve"]]
     classes = list(dict.fromkeys(name for row in rows for name in row["classes"]))
     accuracies = {
         row["name"]: np.array([row["classes"].get(name, np.nan) for name in classes])
         for row in rows
         if row["classes"]
     }
-    matrices = {
-        row["name"]: confusion_counts(row["confusion"], path)
-        for row in rows
-        if row.get("confusion")
-    }
-    provenance = record["provenance"]
+    captions = dict.fromkeys(map(str, record["pictures"]), record["title"])
+    captions |= {str(name): row["name"] for row in rows for name in row["pictures"]}
     blocks = [
-        *(curve_chart(pd.concat(curves), path, "row", {n: n for n in names}, []) if curves else []),
-        *confusion_chart(matrices, _names_for(matrices, _known_classes(provenance) or classes)),
+        *_curves(rows, path),
+        *_confusion(record),
         *(class_table(accuracies, classes) if accuracies else []),
-        *picture_list(path.parent, record["pictures"]),
+        *picture_list(path.parent, captions),
     ]
     return {
         "is": "system",
@@ -473,11 +468,31 @@ def _system(record: Mapping[str, Any]) -> Block:
         "facts": facts,
         "note": record.get("note") or "",
         "blocks": blocks,
-        "provenance": fact_list(provenance),
+        "provenance": facts_of_runs(record),
     }
 
 
-def _names_for(matrices: Mapping[str, NDArray[Any]], classes: Sequence[str]) -> Sequence[str]:
-    """Give the classes, where there are as many as the matrices have, or else numbers."""
-    n_classes = max(map(len, matrices.values()), default=0)
-    return classes if len(classes) == n_classes else [str(index) for index in range(n_classes)]
+def _curves(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Block]:
+    """Draw the curves of rows, and of the models that a row may have several of."""
+    epochs = pd.DataFrame([{**each, "row": row["name"]} for row in rows for each in row["curve"]])
+    if epochs.empty:
+        return []
+    if "model" in epochs:
+        several = epochs["model"].notna()
+        epochs.loc[several, "row"] += ": " + epochs["model"][several].astype(str)
+        epochs = epochs.drop(columns="model")
+    labels = {name: name for name in epochs["row"]}
+    return curve_chart(epochs, path, "row", labels, [], "first")
+
+
+def _confusion(record: Mapping[str, Any]) -> list[Block]:
+    known = _known_classes(record["provenance"])
+    matrices, classes = {}, {}
+    for row in record["rows"]:
+        if row.get("confusion"):
+            counts = confusion_counts(row["confusion"], record["file"])
+            numbers = [str(index) for index in range(len(counts))]
+            choice = [known, [*row["classes"]], numbers]
+            matrices[row["name"]] = counts
+            classes[row["name"]] = next(names for names in choice if len(names) == len(counts))
+    return confusion_chart(matrices, classes)

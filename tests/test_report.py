@@ -2,11 +2,14 @@
 
 import argparse
 import base64
+import csv
 import hashlib
 import io
 import json
+import os
 import re
 import sys
+import zipfile
 from html.parser import HTMLParser
 
 import numpy as np
@@ -78,9 +81,9 @@ def test__confusion_matrices__are_scikit_learns(tmp_path):
     write_comparison(tmp_path)
     predictions = pd.read_csv(tmp_path / "predictions.csv")
     (data,) = page_of(tmp_path).data("confusion")
-    assert data["classes"] == CLASSES
-    assert [option["label"] for option in data["options"]] == ["mlp", HOSTILE]
-    for option in data["options"]:
+    assert [option["label"] for option in data] == ["mlp", HOSTILE]
+    for option in data:
+        assert option["classes"] == CLASSES
         rows = predictions[predictions["model"] == option["label"]]
         expected = confusion_matrix(rows["actual"], rows["predicted"], labels=CLASSES)
         np.testing.assert_array_equal(option["counts"], expected)
@@ -107,10 +110,10 @@ def test__numbers_and_none_as_classes__stay_text_in_their_order(tmp_path):
     columns = ["model", "part", "row", "actual", "predicted", "confidence"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "predictions.csv", index=False)
     (tmp_path / "provenance.json").unlink()
-    assert page_of(tmp_path).data("confusion")[0]["classes"] == ["1", "9", "10"]
+    assert page_of(tmp_path).data("confusion")[0][0]["classes"] == ["1", "9", "10"]
     rows[0] = ("m", "left out", 0, "NA", "nan", "")
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "predictions.csv", index=False)
-    assert page_of(tmp_path).data("confusion")[0]["classes"] == ["1", "10", "9", "NA", "nan"]
+    assert page_of(tmp_path).data("confusion")[0][0]["classes"] == ["1", "10", "9", "NA", "nan"]
 
 
 def test__curves__are_means_over_folds_with_their_range(tmp_path):
@@ -234,6 +237,38 @@ def test__sweep_curves__are_those_of_the_last_network(tmp_path):
     assert [curve["mean"] for curve in loss["curves"]] == [[0.4, 0.2], [0.8, 0.4]]
 
 
+def test__parameter_that_a_candidate_lacks__comes_last(tmp_path):
+    write_sweep(tmp_path)
+    table = pd.read_csv(tmp_path / "table.csv", dtype=str, keep_default_na=False)
+    table["step__alpha"] = ["10", "9", "", "100", "9"]
+    table.to_csv(tmp_path / "table.csv", index=False)
+    page = page_of(tmp_path)
+    assert page.data("parallel")[0]["axes"][0]["values"] == ["9", "10", "–"]
+    keys = [row["alpha"] for row in page.table("Candidates").keys]
+    assert [key and float(key) for key in keys] == [10, 9, None, 100, 9]
+    assert page.data("curves")[0]["labels"] == ["1: 10, <b>", "2: 9, <b>"]
+
+
+def test__parameter_of_many_values__is_left_out_of_the_heat_map(tmp_path):
+    n = 40
+    columns = {"candidate": range(n), "rank": range(1, n + 1), "a": range(n)}
+    table = pd.DataFrame(columns).assign(b=[1, 2] * 20, c=[1, 1, 2, 2] * 10, round=[1, 0] * 20)
+    table.assign(score_mean=0.5).to_csv(tmp_path / "table.csv", index=False)
+    page = page_of(tmp_path)
+    assert [axis["title"] for axis in page.data("heatMap")[0]["axes"]] == ["b", "c"]
+    assert [axis["title"] for axis in page.data("parallel")[0]["axes"]] == ["a", "b", "c"]
+    assert "Parameters of more than 30 values are left out: a." in page.text
+    assert "of those given up early they are of a shorter training" in page.text
+
+
+@pytest.mark.parametrize(
+    "header", ["candidate,rank,alpha,round,score_mean", "model,cv_mean,cv_std"]
+)
+def test__table_without_rows__says_so(tmp_path, header):
+    (tmp_path / "table.csv").write_text(header + "\n")
+    assert "There is no row in the table yet." in page_of(tmp_path).text
+
+
 def test__large_sweep__says_how_much_it_leaves_out(tmp_path):
     n = 1500
     score = np.linspace(0.9, 0.1, n)
@@ -258,6 +293,32 @@ def test__long_curve__keeps_its_ends(tmp_path):
     assert len(epochs) == 400 and epochs[0] == 1 and epochs[-1] == 10_000
 
 
+def test__short_or_seldom_measured_curve_beside_a_long_one__keeps_its_points(tmp_path):
+    write_comparison(tmp_path, models=["short", "long"])
+    epochs = [("short", epoch, 1.0, "") for epoch in range(1, 5)]
+    epochs += [("long", e, 2.0, "" if e % 7 else 3.0) for e in range(1, 2001)]
+    frame = pd.DataFrame(epochs, columns=["model", "epoch", "train_loss", "valid_loss"])
+    frame.to_csv(tmp_path / "histories.csv", index=False)
+    (data,) = page_of(tmp_path).data("curves")
+    curves = {(c["label"], c["part"]): c["mean"] for c in data["quantities"][0]["curves"]}
+    counts = {key: sum(value is not None for value in mean) for key, mean in curves.items()}
+    assert counts[0, "train"] == 4 and counts[1, "valid"] == 2000 // 7
+    assert 400 <= counts[1, "train"] <= 404 + 2000 // 7
+    assert data["epochs"][:4] == [1, 2, 3, 4] and data["epochs"][-1] == 2000
+
+
+def test__model_without_probabilities__has_its_images_too(tmp_path):
+    write_comparison(tmp_path, models=["m"])
+    predictions = pd.read_csv(tmp_path / "predictions.csv").assign(confidence="")
+    predictions.to_csv(tmp_path / "predictions.csv", index=False)
+    page = page_of(tmp_path)
+    wrong = predictions[predictions["actual"] != predictions["predicted"]]
+    expected = [f"row {row}, a {name}" for row, name in wrong[["row", "actual"]].to_numpy()][:12]
+    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert alts[: len(expected)] == expected and len(expected) == 12
+    assert "nan%" not in page.source
+
+
 def test__many_predictions__make_a_small_page(tmp_path):
     rng = np.random.default_rng(0)
     models = [f"model {i}" for i in range(10)]
@@ -269,7 +330,7 @@ def test__many_predictions__make_a_small_page(tmp_path):
     (tmp_path / "gallery.npz").unlink()
     page = page_of(tmp_path)
     (data,) = page.data("confusion")
-    assert [np.sum(option["counts"]) for option in data["options"]] == [10_000] * 10
+    assert [np.sum(option["counts"]) for option in data] == [10_000] * 10
     assert len(page.source) < 100_000
 
 
@@ -277,7 +338,8 @@ def test__reproduction__shows_the_reports_figure_beside_ours(tmp_path):
     write_reproduction(tmp_path)
     page = page_of(tmp_path)
     shown = page.table("Systems")
-    assert [row["system"] for row in shown.texts] == ["002-cnn", "002-cnn", "002-cnn"]
+    assert [row["system"] for row in shown.texts] == ["002-cnn A <small> network"] * 3
+    assert shown.titles[:6] == ["system", "row", "figure", "report", "ours", "difference"]
     first, second, third = shown.texts
     assert first["figure"] == "test accuracy" and second["figure"] == "train accuracy"
     assert (first["report"], first["ours"], first["difference"]) == ("0.6030", "0.5830", "−0.0200")
@@ -288,18 +350,121 @@ def test__reproduction__shows_the_reports_figure_beside_ours(tmp_path):
     assert first["data"] == "cifar10, recoded as JPEG"
     assert "300 epochs 60.3%" in page.text and "a <note>" in page.text
     assert page.data("curves")[0]["labels"] == ["as in the report", "as skcifar would do it"]
-    assert page.data("confusion")[0]["options"][0]["counts"] == [[3, 1], [0, 4]]
+    assert page.data("confusion")[0][0]["counts"] == [[3, 1], [0, 4]]
     assert page.table("Class by class").keys[0]["as in the report"] == "0.75"
+
+
+def test__models_of_a_row__have_a_curve_each(tmp_path):
+    names = ["learning rate 0.1", "learning rate 0.01"]
+    losses = [[4.0, 2.0], [1.0, 0.5, 0.25]]
+    curve = [
+        {"model": name, "epoch": epoch, "train_loss": loss}
+        for name, values in zip(names, losses, strict=True)
+        for epoch, loss in enumerate(values, 1)
+    ]
+    plain = {"name": "plain", "figures": {}, "curve": [{"epoch": 1, "train_loss": 9.0}]}
+    write_reproduction(tmp_path, rows=[{"name": "grid", "figures": {}, "curve": curve}, plain])
+    (data,) = page_of(tmp_path).data("curves")
+    assert data["labels"] == [*(f"grid: {name}" for name in names), "plain"]
+    (loss,) = data["quantities"]
+    means = [[value for value in each["mean"] if value is not None] for each in loss["curves"]]
+    assert means == [*losses, [9.0]]
+
+
+def test__scaled_down_and_full_record__are_one_system(tmp_path):
+    write_reproduction(tmp_path)
+    record = json.loads((tmp_path / "002-cnn.json").read_text())
+    (tmp_path / "002-cnn.quick.json").write_text(json.dumps(record))
+    page = page_of(tmp_path)
+    assert "1 system of the reports" in page.text and len(page.table("Systems").texts) == 6
+
+
+def test__figures__are_written_by_what_they_count(tmp_path):
+    figures = {"test accuracy": 0.5, "loss": 6e-16, "images": 12000, "ratio": 1.23456, "gone": None}
+    reported = {"images": 10000, "loss": 0.0, "not measured": 0.25, "test accuracy": 0.625}
+    row = {"name": "r", "figures": figures, "reported_figures": reported, "note": "a remark"}
+    write_reproduction(tmp_path, rows=[row])
+    page = page_of(tmp_path)
+    shown = page.table("Systems").texts
+    assert [(row["figure"], row["report"], row["ours"], row["difference"]) for row in shown] == [
+        ("test accuracy", "0.6250", "0.5000", "−0.1250"),
+        ("loss", "0", "6e−16", "+6e−16"),
+        ("images", "10,000", "12,000", "+2,000"),
+        ("ratio", "–", "1.235", "–"),
+        ("gone", "–", "–", "–"),
+        ("not measured", "0.25", "–", "–"),
+    ]
+    assert "a remark" in page.text
+    assert "run" not in page.table("Systems").titles  # all are full
+
+
+def test__rows_of_several_runs__say_where_each_was_run(tmp_path):
+    run = {"figures": {}, "seed": 0, "device": "cpu", "versions": {"torch": "2.13.0"}}
+    machine = {"cpu": "a slow one", "gpu": None}
+    rows = [
+        {**run, "name": "a", "date": "2026-01-01", "machine": machine},
+        {**run, "name": "b", "date": "2026-02-02", "machine": {**machine, "gpu": "H200"}},
+    ]
+    provenance = {**PROVENANCE, "date": "2026-03-03"}
+    write_reproduction(tmp_path, rows=rows, provenance=provenance)
+    page = page_of(tmp_path)
+    for fact in [
+        *["a: date 2026-01-01", "b: date 2026-02-02", "a: machine: gpu –", "b: machine: gpu H200"],
+        *["seed 0", "device cpu", "machine: cpu a slow one", "versions: torch 2.13.0", "ab12"],
+    ]:
+        assert fact in page.text
+    assert page.text.count("a slow one") == 1
+    assert "a fast one" not in page.text and "2026-03-03" not in page.text
+
+
+def test__confusion_matrices_of_different_classes__keep_their_names(tmp_path):
+    def row(name, n, classes=()):
+        return {
+            "name": name,
+            "figures": {},
+            "confusion": np.eye(n, dtype=int).tolist(),
+            "classes": dict.fromkeys(classes, 1.0),
+        }
+
+    rows = [row("known", 2), row("own", 3, ["x", "y", "z"]), row("none", 4)]
+    write_reproduction(tmp_path, rows=rows)
+    (data,) = page_of(tmp_path).data("confusion")
+    assert [option["classes"] for option in data] == [CLASSES[:2], ["x", "y", "z"], [*"0123"]]
 
 
 def test__pictures__are_embedded_from_beside_the_record_only(tmp_path):
     (tmp_path / "secret.png").write_bytes(png())
     folder = tmp_path / "records"
     folder.mkdir()
-    write_reproduction(folder, pictures=["002-cnn.png", "gone.png", "../secret.png"])
-    sources = [tag[1]["src"] for tag in page_of(folder).tags if tag[0] == "img"]
+    (folder / "linked.png").symlink_to(tmp_path / "secret.png")
+    pictures = ["002-cnn.png", "gone.png", "../secret.png", "linked.png", "x" * 5000]
+    write_reproduction(folder, pictures=pictures)
+    page = page_of(folder)
+    sources = [tag[1]["src"] for tag in page.tags if tag[0] == "img"]
     content = base64.b64encode((folder / "002-cnn.png").read_bytes()).decode()
     assert sources == [f"data:image/png;base64,{content}"]
+    assert "linked.png (a link out of the folder)" in page.text
+    assert f"{'x' * 60} (" in page.text and "x" * 300 not in page.text
+
+
+def test__picture__is_captioned_by_its_row(tmp_path):
+    rows = [{"name": "as in the <report>", "figures": {}, "pictures": ["002-cnn.png"]}]
+    write_reproduction(tmp_path, rows=rows)
+    source = page_of(tmp_path).source
+    assert "<figcaption>as in the &lt;report&gt;</figcaption>" in source
+
+
+def test__picture_that_cannot_be_shown__is_named(tmp_path):
+    write_reproduction(tmp_path, pictures=["cut.png", "vast.png", "heavy.png", "text.png"])
+    (tmp_path / "cut.png").write_bytes(png()[:20])
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "vast.png")
+    (tmp_path / "heavy.png").write_bytes(png() + bytes(10_000_000))
+    (tmp_path / "text.png").write_text("no picture")
+    page = page_of(tmp_path)
+    assert not [tag for tag in page.tags if tag[0] == "img"]
+    for told in ["cut.png (", "vast.png (more than 40,000,000 pixels)", "text.png (cannot ident"]:
+        assert told in page.text
+    assert "heavy.png (more than 10,000,000 bytes)" in page.text
 
 
 def test__folders_below__get_a_section_each(tmp_path):
@@ -308,10 +473,24 @@ def test__folders_below__get_a_section_each(tmp_path):
     write_reproduction(tmp_path / "c")
     write_sweep(tmp_path / ".hidden")
     (tmp_path / "settings.json").write_text("{}")
+    for name, content in {
+        "table.csv": b"a,b\n1\n",
+        "000-old.json": b"\xff",
+        "x.json": b"[",
+    }.items():
+        (tmp_path / "a" / "theirs").mkdir(exist_ok=True)
+        (tmp_path / "a" / "theirs" / name).write_bytes(content)
     page = page_of(tmp_path)
     sections = [tag[1] for tag in page.tags if tag[0] == "section" and tag[1].get("id")]
     assert [each["id"] for each in sections] == ["section-1", "section-2", "section-3"]
     assert all(text in page.text for text in ["Comparison a", "Sweep b/deep", "Reproduction c"])
+
+
+def test__name_that_is_no_text__is_replaced(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_reproduction(folder, title="lone \ud800 half")
+    page = page_of(folder)
+    assert "caf?" in page.text and "lone ? half" in page.text
 
 
 # -- safety ----------------------------------------------------------------------------------------
@@ -327,7 +506,7 @@ def test__markup_in_names__is_inert(tmp_path):
     assert not {"b", "note", "luck"} & {tag for tag, _ in page.tags} - {"b"}
     assert not [name for _, attributes in page.tags for name in attributes if name[:2] == "on"]
     assert HOSTILE in page.text and CLASSES[2] in page.text
-    assert page.data("confusion")[0]["classes"] == CLASSES
+    assert page.data("confusion")[0][0]["classes"] == CLASSES
 
 
 def test__page__runs_its_own_script_only_and_asks_for_nothing(tmp_path):
@@ -393,17 +572,105 @@ DAMAGE = {
         lambda f: np.savez(f / "gallery.npz", part="test", rows=[0], images=np.zeros((1, 2, 2))),
         "found part () of <U4, rows (1,) of int64, images (1, 2, 2) of float64",
     ),
+    "no height": (
+        lambda f: np.savez(
+            f / "gallery.npz", part="test", rows=[0], images=np.zeros((1, 0, 2), np.uint8)
+        ),
+        "found part () of <U4, rows (1,) of int64, images (1, 0, 2) of uint8",
+    ),
+    "no rows": (
+        lambda f: np.savez(f / "gallery.npz", part="test", images=np.zeros((1, 2, 2), np.uint8)),
+        "gallery.npz: expected arrays part (text), rows (k,) and images",
+    ),
+    "vast images": (
+        lambda f: write_header_only(f / "gallery.npz", (2**20, 1000, 1000, 3)),
+        "of at most 536,870,912 bytes, found part () of <U4, rows (1048576,) of int64, images",
+    ),
+    "deep": (
+        lambda f: (f / "provenance.json").write_text('{"a":' * 30 + "1" + "}" * 30),
+        "provenance.json: expected objects nested at most 20 deep, found 30",
+    ),
+    "deeper": (
+        lambda f: (f / "provenance.json").write_text('{"a":' + "[" * 10**5 + "]" * 10**5 + "}"),
+        "provenance.json: expected a JSON file, found one that cannot be read",
+    ),
+    "link": (
+        lambda f: link_out(f / "table.csv"),
+        "table.csv: expected a file of the folder itself, found a link to",
+    ),
+    "linked images": (
+        lambda f: link_out(f / "gallery.npz"),
+        "gallery.npz: expected a file of the folder itself, found a link to",
+    ),
+    "linked provenance": (
+        lambda f: link_out(f / "provenance.json"),
+        "provenance.json: expected a file of the folder itself, found a link to",
+    ),
 }
+
+
+def write_header_only(path, shape):
+    """Images of which no pixel is there: what is too large is known before it is read."""
+    np.savez(path, part="test", rows=np.arange(shape[0]))
+    with zipfile.ZipFile(path, "a") as file, file.open("images.npy", "w") as stream:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+
+
+def link_out(path):
+    other = path.parent.parent / f"elsewhere-{path.name}"
+    path.rename(other)
+    path.symlink_to(other)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test__damaged_file__error_names_file_expected_and_found(tmp_path, damage):
-    write_comparison(tmp_path)
+    folder = tmp_path / "results"
+    write_comparison(folder)
     spoil, message = DAMAGE[damage]
-    spoil(tmp_path)
+    spoil(folder)
     with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("parameters", [3, [1], [{}], "step__alpha"])
+def test__parameters_that_name_no_columns__are_refused(tmp_path, parameters):
+    write_sweep(tmp_path)
+    (tmp_path / "provenance.json").write_text(json.dumps({"parameters": parameters}))
+    message = r"provenance\.json: expected parameters to be a list of columns of table\.csv, found"
+    with pytest.raises(ValueError, match=message):
         write_report(tmp_path)
-    assert not (tmp_path / "report.html").exists()
+
+
+def test__long_traceback_and_byte_order_mark__are_read(tmp_path):
+    write_comparison(tmp_path)
+    table = pd.read_csv(tmp_path / "table.csv")
+    table["traceback"] = table["traceback"].str.replace("…", "." * 200_000)
+    table.to_csv(tmp_path / "table.csv", index=False)
+    text = (tmp_path / "provenance.json").read_text()
+    (tmp_path / "provenance.json").write_text(text, encoding="utf-8-sig")
+    limit = csv.field_size_limit()
+    assert "." * 200_000 in page_of(tmp_path).text
+    assert csv.field_size_limit() == limit
+
+
+def test__class_named_twice__is_one_class(tmp_path):
+    write_comparison(tmp_path)
+    names = [*CLASSES, CLASSES[0]]
+    (tmp_path / "provenance.json").write_text(json.dumps({"data": {"class_names": names}}))
+    assert page_of(tmp_path).data("confusion")[0][0]["classes"] == CLASSES
+
+
+def test__infinite_rank_or_epoch__is_left_out(tmp_path):
+    write_sweep(tmp_path)
+    for name, column in [("table.csv", "rank"), ("epochs.csv", "epoch")]:
+        table = pd.read_csv(tmp_path / name, dtype=str, keep_default_na=False)
+        table[column] = table[column].replace("2", "inf")
+        table.to_csv(tmp_path / name, index=False)
+    page = page_of(tmp_path)
+    assert page.data("parallel")[0]["ranks"] == [1, 3]
+    assert page.data("curves")[0]["epochs"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -425,6 +692,34 @@ def test__damaged_file__error_names_file_expected_and_found(tmp_path, damage):
             {"rows": [{"name": "x", "figures": {}, "curve": [{"train_loss": 1}]}]},
             "expected the columns epoch, found the columns train_loss, row",
         ),
+        (
+            {"rows": [{"name": "x", "figures": {}}, {"name": "x", "figures": {}}]},
+            "expected rows of different names, found ['x', 'x']",
+        ),
+        (
+            {"rows": [{"name": "x", "figures": {"a": 10**400}}]},
+            "expected a to be a number, found '10000",
+        ),
+        (
+            {"rows": [{"name": "x", "figures": {}, "seconds": 10**400}]},
+            "expected seconds to be a number, found '10000",
+        ),
+        (
+            {"rows": [{"name": "x", "figures": {}, "curve": [{"epoch": 10**400}]}]},
+            "expected epoch to be a number, found '10000",
+        ),
+        (
+            {"rows": [{"name": "x", "figures": {}, "curve": [1]}]},
+            "expected curve to be of objects, found 1",
+        ),
+        (
+            {"rows": [{"name": "x", "figures": {}, "confusion": [[10**30]]}]},
+            "expected confusion to be square, of whole numbers, found [[10000",
+        ),
+        (
+            {"rows": [{"name": "x", "figures": {}, "pictures": "x.png"}]},
+            "expected pictures to be of type list, found 'x.png'",
+        ),
         ({"reported_minutes": "few"}, "expected reported_minutes to be a number, found 'few'"),
     ],
 )
@@ -435,11 +730,8 @@ def test__wrong_record__error_names_file_expected_and_found(tmp_path, change, me
     assert "002-cnn.json: " in str(error.value)
 
 
-def test__cut_record_or_picture__is_named(tmp_path):
+def test__cut_record__is_named(tmp_path):
     write_reproduction(tmp_path)
-    cut(tmp_path / "002-cnn.png", 20)
-    with pytest.raises(ValueError, match=r"002-cnn\.png: expected a PNG or JPEG picture, found"):
-        write_report(tmp_path)
     cut(tmp_path / "002-cnn.json", 90)
     with pytest.raises(ValueError, match=r"002-cnn\.json: expected a JSON file, found one that"):
         write_report(tmp_path)

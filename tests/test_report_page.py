@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 
+import pandas as pd
 import pytest
 from test_report import CLASSES, HOSTILE, write_comparison, write_reproduction, write_sweep
 
@@ -102,6 +103,30 @@ def test__pointing_at_an_epoch__shows_the_values_there(opened):
     page.wait_for_function("document.querySelector('.curves-chart svg').clientWidth < 360")
     page.keyboard.press("ArrowLeft")
     assert cells(values) == [["Epoch 1"], ["0.1500"], ["1.150"]]
+
+
+def test__values__are_told_to_those_who_hear_the_page(opened):
+    chart = opened().locator(".curves-chart").first
+    told = chart.get_by_role("status")
+    assert told.text_content() == ""
+    chart.get_by_role("button", name="mlp").focus()
+    chart.locator("svg").press("ArrowLeft")
+    assert told.text_content() == "Epoch 3: mlp validation 0.1500; " + HOSTILE + " validation –"
+    assert told.bounding_box()["width"] <= 1
+
+
+def test__curve_of_one_epoch__is_a_dot(opened):
+    chart = opened().locator(".curves-chart").first  # the second model's next loss is not finite
+    assert chart.locator(".lone").count() == 1
+    end = chart.locator(".series").nth(1).evaluate("line => line.getPointAtLength(0).x")
+    assert float(chart.locator(".lone").get_attribute("cx")) == pytest.approx(end, abs=0.1)
+
+
+def test__training_is_solid_and_validation_dashed(opened):
+    chart = opened().locator(".curves-chart").first
+    assert style(chart.locator(".series.valid").first, "strokeDasharray") != "none"
+    chart.get_by_label("Quantity").select_option("accuracy")
+    assert style(chart.locator(".series.train").first, "strokeDasharray") == "none"
 
 
 def test__quantity_and_scale__are_chosen(opened):
@@ -221,6 +246,37 @@ def test__text__has_contrast_in_light_and_dark(opened, scheme):
     curves = page.locator(".curves-chart").first.locator(".series")
     for curve in curves.all():
         assert contrast(style(curve, "stroke"), background) >= 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("n_curves", [7, 9])
+def test__every_curve_and_candidate__has_contrast(browser, tmp_path, scheme, n_curves):
+    models = [f"model {i}" for i in range(n_curves)]
+    write_comparison(tmp_path, models=models)
+    epochs = [(model, epoch, 1 + i + epoch) for i, model in enumerate(models) for epoch in (1, 2)]
+    frame = pd.DataFrame(epochs, columns=["model", "epoch", "train_loss"])
+    frame.to_csv(tmp_path / "histories.csv", index=False)
+    write_sweep(tmp_path / "sweep")
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(write_report(tmp_path).as_uri())
+    page.locator(".parallel-chart .line").first.wait_for(state="attached")
+    background = style(page.locator("body"), "backgroundColor")
+    lines = [*page.locator(".curves-chart").first.locator(".series").all()]
+    lines += page.locator(".parallel-chart .line").all()  # the best is drawn last
+    strokes = [style(line, "stroke") for line in lines]
+    assert len(strokes) == n_curves + 3
+    for stroke in strokes:
+        assert contrast(stroke, background) >= 3, stroke
+    assert [*map(luminance, strokes[-3:])] == sorted(map(luminance, strokes[-3:]))
+    page.close()
+
+
+def test__figures_of_a_system__are_seen_on_a_phone(opened):
+    page = opened(PHONE)
+    table = page.get_by_role("region", name="Systems, table")
+    for title in ["figure", "report", "ours"]:
+        box = table.get_by_role("columnheader", name=title, exact=True).bounding_box()
+        assert box["x"] + box["width"] <= PHONE["width"], title
 
 
 def test__printed_page__shows_what_was_folded(opened):
