@@ -20,13 +20,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
+from skcifar._exercises import Blur, Diverging, Gradients, OneConvolution
 from skcifar._protocols import (
-    Blur,
-    Diverging,
-    Gradients,
     Holdout,
     Look,
-    OneConvolution,
     Projection,
     Sweep,
     TrainingSizes,

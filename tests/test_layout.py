@@ -49,7 +49,7 @@ ROWS = [
     ["_report_pieces"],
     *([module] for module in READERS),
     ["_protocols"],
-    ["_reproduction"],
+    ["_exercises", "_reproduction"],
     ["reproduce"],
     ["__init__"],
     ["_command_line"],
@@ -124,7 +124,7 @@ def test__imports__are_seen_in_every_form():
 
 def test__project_text__holds_no_path_of_one_machine():
     home = re.compile(r"(?<![\w.~}-])/(work|root|home)/")
-    folders = [PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / ".ci"]
+    folders = [PACKAGE] + [ROOT / name for name in ("tests", "benchmarks", "examples", ".ci")]
     files = [path for folder in folders for path in folder.rglob("*")]
     files += [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
     texts = {p: p.read_text() for p in files if p.is_file() and p.suffix not in {".pyc", ".png"}}

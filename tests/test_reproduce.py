@@ -16,12 +16,10 @@ from sklearn.metrics import confusion_matrix
 
 from skcifar import _reproduction
 from skcifar.__main__ import main
+from skcifar._exercises import Blur, Diverging, Gradients
 from skcifar._protocols import (
     FULL,
     QUICK,
-    Blur,
-    Diverging,
-    Gradients,
     Holdout,
     Images,
     Look,
