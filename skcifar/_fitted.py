@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ def describe(estimator: BaseEstimator) -> str:
     if isinstance(estimator, Pipeline):
         return " | ".join(describe(step) for _, step in estimator.steps)
     with config_context(print_changed_only=True):
-        return " ".join(repr(estimator).split())
+        text = " ".join(repr(estimator).split())
+    return re.sub(r"<function (\S+) at 0x\w+>", r"\1", text)  # an address says nothing
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:

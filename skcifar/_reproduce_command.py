@@ -242,11 +242,15 @@ def _cell(headline: str, record: Mapping[str, Any] | None, name: str) -> str:
     assert record is not None
     row = rows[0]
     if headline in row["figures"]:
-        text = _figure(headline, row["figures"][headline])
+        text = _named_figure(headline, row["figures"][headline])
     elif row["pictures"]:
         text = "picture"
     else:
-        figure, value = next(iter(row["figures"].items()))
-        text = f"{figure} {_figure(figure, value)}"
-    text += f", {row['seconds']:.0f} s"
+        text = _named_figure(*next(iter(row["figures"].items())))
+    text += f", {row['seconds']:.0f} s" if row["seconds"] >= 1 else ", under 1 s"
     return f"{apart}{text}{' (scaled down)' if record['quick'] else ''}"
+
+
+def _named_figure(name: str, value: float) -> str:
+    text = f"{value:.2%}" if "accuracy" in name else f"{value:.3g}"
+    return text if name == "test accuracy" else f"{name}: {text}"

@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix
 from skcifar import _reproduction
 from skcifar.__main__ import main
 from skcifar._exercises import Blur, Diverging, Gradients
+from skcifar._fitted import describe
 from skcifar._protocols import (
     FULL,
     QUICK,
@@ -526,3 +527,8 @@ def test__readme_table__is_that_of_the_committed_records():
     assert readme.count(begin) == readme.count(end) == 1
     shown = readme[readme.index(begin) + len(begin) : readme.index(end)]
     assert shown == markdown_table(ROOT / "benchmarks" / "results" / "reproduce")
+
+
+def test__description__holds_no_addresses():
+    row = SYSTEMS["001-lasthidden"].rows[REPORT]
+    assert describe(row.estimator).startswith("FunctionTransformer(func=_to_unit) | MLPClassifier(")
