@@ -271,9 +271,9 @@ SYSTEMS: dict[str, System] = {
             OURS: Row(
                 FineTunedClassifier(
                     TripletEmbedder(
-                        architecture="vgg11", loss="supcon", horizontal_flip=True, max_iter=2
+                        architecture="vgg11", loss="supcon", horizontal_flip=True, max_iter=1
                     ),
-                    (64,), encoder_learning_rate=1e-3, horizontal_flip=True, tta=True, max_iter=4,
+                    (64,), encoder_learning_rate=1e-3, horizontal_flip=True, tta=True, max_iter=3,
                 ),
                 Holdout(), {"test accuracy": 0.76},
             ),
