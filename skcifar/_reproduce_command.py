@@ -186,9 +186,12 @@ def _write(folder: Path, record: Mapping[str, Any]) -> None:
     order = [row for row in SYSTEMS[name].rows if row in rows]
     merged = dict(record, rows=[rows[row] for row in order])
     merged["pictures"] = [file for row in merged["rows"] for file in row["pictures"]]
-    with replacing(path) as partial_file:
-        text = json.dumps(merged, indent=1, ensure_ascii=False)
-        partial_file.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(merged, indent=1, ensure_ascii=False)
+    try:
+        with replacing(path) as partial_file:
+            partial_file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:  # not to be taken for data that are missing
+        raise UsageError(f"cannot write {path}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
