@@ -25,8 +25,15 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Goes on after a bound that is missed, so that all results and the README's tables are written,
+# and fails at the end.
 bench: $(VENV)/.installed-dev
-	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script --check; done
+	@failed=; \
+	for script in benchmarks/bench_*.py; do \
+	    echo "== $$script"; $(BIN)/python $$script --check || failed="$$failed $$script"; \
+	done; \
+	$(BIN)/python benchmarks/readme_table.py || failed="$$failed benchmarks/readme_table.py"; \
+	if [ -n "$$failed" ]; then echo "failed, or missed a bound:$$failed" >&2; exit 1; fi
 
 venv: $(VENV)/.installed-dev
 

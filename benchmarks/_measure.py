@@ -7,9 +7,10 @@ and the versions it was measured with, and replaces the row of its name from an 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from skcifar._provenance import now, versions
 from skcifar.datasets import fetch_cifar10, fetch_mnist
 
 
-def parse_options(doc: str, rows: Sequence[str], repeats: int) -> argparse.Namespace:
+def parse_options(
+    doc: str,
+    rows: Sequence[str],
+    repeats: int,
+    *,
+    on_request: Sequence[str] = (),
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
+    """What the command line says; rows `on_request` are measured where --only names them."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data-home", default=None, help="folder of cifar-10-batches-bin/")
     parser.add_argument("--n-train", type=int, default=50_000, help="images, 50000 by default")
@@ -30,11 +39,14 @@ def parse_options(doc: str, rows: Sequence[str], repeats: int) -> argparse.Names
     parser.add_argument("--only", default=",".join(rows), help="rows to measure: %(default)s")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--check", action="store_true", help="exit 1 where a bound is missed")
+    if add_options is not None:
+        add_options(parser)
     options = parser.parse_args()
-    options.only = options.only.split(",")
-    unknown = sorted(set(options.only) - set(rows))
+    options.only = options.only.split(",") if options.only else []
+    unknown = sorted(set(options.only) - {*rows, *on_request})
     if unknown:
-        parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(rows)}")
+        there_are = ", ".join([*rows, *on_request])
+        parser.error(f"--only names {', '.join(unknown)}; there are {there_are}")
     return options
 
 
@@ -99,7 +111,7 @@ class Run:
 
 
 def interleave(
-    contestants: dict[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True
+    contestants: Mapping[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True
 ) -> dict[str, list[Run]]:
     """Run the contestants in turn, A B A B, so that a noisy neighbour disturbs all of them.
 
@@ -119,6 +131,21 @@ def interleave(
 
 def median_seconds(runs: list[Run]) -> float:
     return float(np.median([run.seconds for run in runs]))
+
+
+def peak_anonymous(program: str) -> int:
+    """Most bytes of anonymous memory that a fresh process running `program` has at a time."""
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program])
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        for line in status.splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, 1024 * int(line.split()[1]))
+        time.sleep(0.002)  # touching 10 MB takes about as long
+    if process.returncode:
+        raise RuntimeError(f"this program ended with status {process.returncode}:\n{program}")
+    return peak
 
 
 def say(line: str) -> None:

@@ -21,9 +21,6 @@ cnn_float32, cnn_bfloat16
     3x3 convolutions of 32, 64 and 64 channels, each pooled, and 64 dense units; Adam, batches of
     128, three epochs, on the first 10,000 images; against a plain torch loop over the same
     network in NCHW, convolution, ReLU, pooling, float32.
-mlp_bfloat16_accuracy, cnn_bfloat16_accuracy
-    Test accuracy of float32 less that of bfloat16, in points: means over five seeds of five
-    epochs, on the rows of the timing. Only with the real images.
 memory
     Anonymous memory of a fresh process that loads n images and fits one epoch, at its highest,
     watched from outside; the slope from 25,000 images (five classes) to 50,000 is the growth, the
@@ -42,13 +39,23 @@ import argparse
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from _contestants import (
+    TASKS,
+    as_torch_has_them,
+    bare_softmax,
+    our_cnn,
+    our_mlp,
+    our_softmax,
+    plain_torch,
+    scikit_learn,
+    skorch,
+)
 from _measure import (
     Images,
     Result,
@@ -58,6 +65,7 @@ from _measure import (
     machine,
     median_seconds,
     parse_options,
+    peak_anonymous,
     per_channel,
     record,
     say,
@@ -65,31 +73,20 @@ from _measure import (
     times_faster,
 )
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier as ScikitLearnMLPClassifier
-from skorch import NeuralNetClassifier
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression
+from skcifar import SoftmaxRegression
 
 SOFTMAX_EPOCHS = 10  # skorch's default
 MLP_EPOCHS = 5
 CNN_EPOCHS = 3
 CNN_IMAGES = 10_000
-ACCURACY_EPOCHS = 5
-SEEDS = 5
-RATE = 0.01
-PENALTY = 2e-3  # SoftmaxRegression's alpha="auto", per image
-COMMON = {"image_shape": (32, 32, 3), "device": "cpu"}
 
 
 def main() -> int:
     groups: dict[Callable[[Images, argparse.Namespace], list[Result]], tuple[str, ...]] = {
         softmax: ("softmax_epoch", "softmax_step_overhead"),
         mlp: ("mlp_float32", "mlp_bfloat16"),
-        mlp_accuracy: ("mlp_bfloat16_accuracy",),
         cnn: ("cnn_float32", "cnn_bfloat16"),
-        cnn_accuracy: ("cnn_bfloat16_accuracy",),
         memory: ("memory",),
         import_time: ("import_time",),
     }
@@ -114,19 +111,12 @@ def softmax(train: Images, options: argparse.Namespace) -> list[Result]:
     shift, scale = per_channel(train.X)
 
     def ours() -> SoftmaxRegression:
-        return SoftmaxRegression(
-            solver="sgd",
-            batch_size=256,
-            learning_rate_init=RATE,
-            max_iter=epochs,
-            random_state=0,
-            **COMMON,
-        ).fit(train.X, train.y)
+        return our_softmax("auto", epochs, 0).fit(train.X, train.y)
 
     contestants = {"skcifar": ours}
     if "softmax_epoch" in options.only:
         rows = standardised(train.X, shift, scale)
-        contestants["skorch"] = lambda: skorch_softmax(rows, train.y, epochs)
+        contestants["skorch"] = lambda: skorch(TASKS["softmax"], rows, train.y, epochs)
     if "softmax_step_overhead" in options.only:
         raw, targets = torch.from_numpy(train.X), torch.from_numpy(train.y)
         statistics = torch.tensor(shift).float(), torch.tensor(1 / scale).float()
@@ -161,43 +151,6 @@ def softmax(train: Images, options: argparse.Namespace) -> list[Result]:
     return results
 
 
-def skorch_softmax(rows: np.ndarray, targets: np.ndarray, epochs: int) -> None:
-    NeuralNetClassifier(
-        nn.Linear,
-        module__in_features=rows.shape[1],
-        module__out_features=10,
-        criterion=nn.CrossEntropyLoss,
-        optimizer=torch.optim.SGD,
-        optimizer__momentum=0.9,
-        optimizer__nesterov=True,
-        optimizer__weight_decay=PENALTY,
-        lr=RATE,
-        max_epochs=epochs,
-        batch_size=256,
-        iterator_train__shuffle=True,
-        train_split=None,
-        verbose=0,
-    ).fit(rows, targets)
-
-
-def bare_softmax(rows: Tensor, targets: Tensor, shift: Tensor, factor: Tensor, epochs: int) -> None:
-    model = nn.Linear(rows.shape[1], 10)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=RATE,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=PENALTY,
-        fused=True,
-    )
-    for _ in range(epochs):
-        for picked in torch.randperm(len(rows)).split(256):
-            batch = rows.index_select(0, picked).float().sub_(shift).mul_(factor)
-            optimizer.zero_grad()
-            F.cross_entropy(model(batch), targets.index_select(0, picked)).backward()
-            optimizer.step()
-
-
 # -- multilayer perceptron -----------------------------------------------------------------------
 
 
@@ -211,14 +164,7 @@ def mlp(train: Images, options: argparse.Namespace) -> list[Result]:
         for name in bounds
         if name in options.only
     }
-    contestants["scikit-learn"] = lambda: ScikitLearnMLPClassifier(
-        (200,),
-        solver="sgd",
-        batch_size=min(500, len(rows)),
-        learning_rate_init=RATE,
-        max_iter=MLP_EPOCHS,
-        tol=0.0,
-    ).fit(rows, train.y)
+    contestants["scikit-learn"] = lambda: scikit_learn(TASKS["mlp"], rows, train.y, MLP_EPOCHS)
     runs = interleave(contestants, options.repeats)
     about = {"n": len(rows), "data": train.name}
     return [
@@ -232,31 +178,13 @@ def mlp(train: Images, options: argparse.Namespace) -> list[Result]:
     ]
 
 
-def our_mlp(precision: str, epochs: int, seed: int) -> MLPClassifier:
-    return MLPClassifier(
-        (200,),
-        solver="sgd",
-        batch_size=500,
-        learning_rate_init=RATE,
-        max_iter=epochs,
-        precision=precision,
-        random_state=seed,
-        **COMMON,
-    )
-
-
-def mlp_accuracy(train: Images, options: argparse.Namespace) -> list[Result]:
-    return accuracy_lost("mlp_bfloat16_accuracy", our_mlp, train, options)
-
-
 # -- convolutional network -----------------------------------------------------------------------
 
 
 def cnn(train: Images, options: argparse.Namespace) -> list[Result]:
     train = train.first(CNN_IMAGES)
-    rows = standardised(train.X, *per_channel(train.X)).reshape(-1, 32, 32, 3)
-    images = torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()  # (n, 3, 32, 32)
-    targets = torch.from_numpy(train.y)
+    rows = standardised(train.X, *per_channel(train.X))
+    images = as_torch_has_them(TASKS["cnn"], rows)
     bounds = {"cnn_float32": 1.5, "cnn_bfloat16": 2.2}
     contestants = {
         name: lambda name=name: our_cnn(name.removeprefix("cnn_"), CNN_EPOCHS, 0).fit(
@@ -265,7 +193,7 @@ def cnn(train: Images, options: argparse.Namespace) -> list[Result]:
         for name in bounds
         if name in options.only
     }
-    contestants["plain torch"] = lambda: plain_cnn(images, targets, CNN_EPOCHS)
+    contestants["plain torch"] = lambda: plain_torch(TASKS["cnn"], images, train.y, CNN_EPOCHS)
     runs = interleave(contestants, options.repeats)
     about = {"n": len(rows), "data": train.name}
     return [
@@ -278,44 +206,6 @@ def cnn(train: Images, options: argparse.Namespace) -> list[Result]:
     ]
 
 
-def our_cnn(precision: str, epochs: int, seed: int) -> CNNClassifier:
-    return CNNClassifier(
-        (32, 64, 64),
-        (64,),
-        batch_norm=False,
-        global_pool=None,
-        translate=0,
-        solver="adam",
-        learning_rate_init=1e-3,
-        weight_decay=0.0,
-        label_smoothing=0.0,
-        batch_size=128,
-        max_iter=epochs,
-        precision=precision,
-        random_state=seed,
-        **COMMON,
-    )
-
-
-def plain_cnn(images: Tensor, targets: Tensor, epochs: int) -> None:
-    layers: list[nn.Module] = []
-    for n_in, n_out in ((3, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    model = nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for picked in torch.randperm(len(images)).split(128):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images[picked]), targets[picked]).backward()
-            optimizer.step()
-
-
-def cnn_accuracy(train: Images, options: argparse.Namespace) -> list[Result]:
-    return accuracy_lost("cnn_bfloat16_accuracy", our_cnn, train.first(CNN_IMAGES), options)
-
-
 # -- what both networks share --------------------------------------------------------------------
 
 
@@ -325,39 +215,6 @@ def per_epoch(result: Result, epochs: int, aim: str = "") -> Result:
     result.peer_s /= epochs
     result.note = ", ".join(filter(None, [f"seconds per epoch of {epochs}", aim]))
     return result
-
-
-def accuracy_lost(
-    name: str,
-    make: Callable[[str, int, int], MLPClassifier | CNNClassifier],
-    train: Images,
-    options: argparse.Namespace,
-) -> list[Result]:
-    """Points of test accuracy that bfloat16 is below float32, in the mean over the seeds."""
-    result = Result(
-        name,
-        "points of accuracy below float32",
-        None,
-        at_most=0.5,
-        n=len(train.X),
-        repeats=SEEDS,
-        data=train.name,
-    )
-    if not train.real:
-        result.note = "skipped: random images have no accuracy to speak of"
-        return [result]
-    test = load_images(options.data_home, "test")
-    scores = np.zeros((2, SEEDS))
-    for seed in range(SEEDS):
-        for i, precision in enumerate(("float32", "bfloat16")):
-            classifier = make(precision, ACCURACY_EPOCHS, seed).fit(train.X, train.y)
-            scores[i, seed] = 100 * classifier.score(test.X, test.y)
-            say(f"{name} {precision} seed {seed}: {scores[i, seed]:.2f}%")
-    single, half = scores
-    result.figure = float(single.mean() - half.mean())
-    error = float(np.std(single - half, ddof=1)) / SEEDS**0.5
-    result.note = f"{single.mean():.2f}% and {half.mean():.2f}%, standard error {error:.2f}"
-    return [result]
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -433,21 +290,6 @@ def memory(train: Images, options: argparse.Namespace) -> list[Result]:
                 ),
             ]
     return results
-
-
-def peak_anonymous(program: str) -> int:
-    """Most bytes of anonymous memory that a fresh process running `program` has at a time."""
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program])
-    peak = 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, 1024 * int(line.split()[1]))
-        time.sleep(0.002)  # touching 10 MB takes about as long
-    if process.returncode:
-        raise RuntimeError(f"this program ended with status {process.returncode}:\n{program}")
-    return peak
 
 
 # -- import --------------------------------------------------------------------------------------

@@ -20,6 +20,12 @@ AUTO_LEARNING_RATE = (
 )
 
 
+# Of images in one forward pass on a CPU: 128 of 32 x 32 pixels. Their activations stay in its
+# caches, and malloc keeps their memory. Of the default CNNClassifier 7,490 and 3,991 images a
+# second (bfloat16, float32), where 1,024 at once make 4,633 and 2,009.
+_PIXELS_OF_A_PASS = 128 * 32**2
+
+
 class AugmentedEstimator(SupervisedEstimator):
     """Moves images at random in training, and averages over moves in prediction."""
 
@@ -28,14 +34,27 @@ class AugmentedEstimator(SupervisedEstimator):
     def _augmentation(self, image_shape: tuple[int, int, int]) -> Augmentation | None:
         # The 8 x 8 digits lose 1.6 points of accuracy by moves of one pixel.
         translate = self.translate if min(image_shape[:2]) >= 16 else 0
-        if not (translate or self.horizontal_flip or self.cutout):
+        flip = self._flip(image_shape)
+        if not (translate or flip or self.cutout):
             return None
-        return Augmentation(self.horizontal_flip, translate, self.cutout)
+        return Augmentation(bool(flip), translate, self.cutout, alternating=flip == "alternating")
+
+    def _flip(self, image_shape: tuple[int, int, int]) -> bool | str:
+        """Whether images are mirrored, and how."""
+        return self.horizontal_flip
+
+    def _rows_of_a_forward_pass(self) -> tuple[int, int]:
+        most, least = super()._rows_of_a_forward_pass()
+        if torch.device(self.device_).type != "cpu":
+            return most, least
+        height, width, _ = self.image_shape_
+        whole = _PIXELS_OF_A_PASS // (height * width) // least * least
+        return min(most, max(least, whole)), least
 
     def _forward(self, batch: Tensor) -> Tensor:
         if not self.tta:
             return self.module_(batch)
-        sides = [batch, batch.flip(3)] if self.horizontal_flip else [batch]
+        sides = [batch, batch.flip(3)] if self._flip(self.image_shape_) else [batch]
         outputs = [self._over_translations(side) for side in sides]
         return torch.stack(outputs).mean(0)
 
@@ -92,9 +111,10 @@ class ConvolutionalEstimator(AugmentedEstimator):
         }
 
     def _resolve_learning_rate(self, module: nn.Module) -> float:
-        if self.learning_rate_init != "auto":
-            return self.learning_rate_init
-        if self.solver != "sgd":
+        rate = self._value("learning_rate_init")
+        if rate != "auto":
+            return rate
+        if self._value("solver") in ("adam", "adamw"):
             return 1e-3
         if not has_batch_norm(module):
             return 0.05

@@ -86,7 +86,7 @@ CONVOLUTIONAL_CONSTRAINTS: dict = {
     "architecture": [StrOptions(set(ARCHITECTURES)), callable, None],
 }
 AUGMENTATION_CONSTRAINTS: dict = {
-    "horizontal_flip": ["boolean"],
+    "horizontal_flip": [StrOptions({"alternating"}), "boolean"],
     "translate": [Interval(Integral, 0, None, closed="left")],
     "cutout": [Interval(Integral, 0, None, closed="left")],
     "tta": ["boolean"],
@@ -117,16 +117,17 @@ dropout : float, default={default}
     Share of the inputs of each dense layer that is left out in training.
 global_pool : {"max", "average"} or None, default={default}
     Pooling of the last stage's whole image; None flattens it.
-architecture : {"lenet5", "vgg11", "vgg16", "resnet18"}, callable or None, default={default}
-    A network by name in place of the parameters above: LeNet-5 [1]_, VGG with BatchNorm [2]_
-    or ResNet-18 with the stem for small images [3]_. A callable gets `image_shape` (height,
-    width, channels) and `n_outputs` (1 for two classes) by name and returns a
-    `torch.nn.Module` from images (n, channels, height, width) to logits (n, n_outputs). Its
-    `torch.nn.Dropout` layers draw from `random_state`; other random layers would draw from
-    torch's global generator.
-horizontal_flip : bool, default={default}
-    Whether to mirror half of the images in training, anew in each epoch. A flip relabels
-    digits; for photographs it helps.
+architecture : str, callable or None, default={default}
+    A network by name in place of the parameters above: "lenet5" [1]_, "vgg11" or "vgg16" with
+    BatchNorm [2]_, "resnet18" with the stem for small images [3]_, or "airbench94", the
+    network of the fastest known training to 94% of CIFAR-10 [4]_. A callable gets
+    `image_shape` (height, width, channels) and `n_outputs` (1 for two classes) by name and
+    returns a `torch.nn.Module` from images (n, channels, height, width) to logits
+    (n, n_outputs). Its `torch.nn.Dropout` layers draw from `random_state`; other random
+    layers would draw from torch's global generator.
+horizontal_flip : bool or "alternating", default={default}
+    Whether to mirror half of the images in training, anew in each epoch, or "alternating":
+    each image in every second epoch. A flip relabels digits; for photographs it helps.
 translate : int, default={default}
     Pixels by which images are moved at most in training, in each direction; images with a
     side below 16 pixels are not moved.
@@ -187,6 +188,9 @@ momentum : float, default={default}
     Of solver="sgd".
 nesterovs_momentum : bool, default={default}
     Whether solver="sgd" uses Nesterov's momentum.
+lookahead : bool, default={default}
+    Whether slow weights follow those that are trained, which go on from them every five
+    steps: a mean over the end of a training of fixed length [5]_.
 early_stopping : bool, default={default}
     Whether to hold out `validation_fraction` of the rows (or to use `X_val`), to end the
     training when the validation score has not improved for `n_iter_no_change` epochs, and
@@ -299,7 +303,7 @@ def document_parameters(
         own = set(re.findall(r"^    (\w+)(?:, \w+)* : ", cls.__doc__, re.MULTILINE))
         signature = inspect.signature(cls).parameters
         wanted = [
-            parameters[name].replace("{default}", _shown(signature[name].default))
+            _with_default(parameters[name], signature[name].default)
             for name in signature
             if name in parameters and name not in own
         ]
@@ -327,8 +331,13 @@ def _entries(text: str, instead: Mapping[str, str], additions: Mapping[str, str]
     return entries
 
 
-def _shown(default: object) -> str:
-    return f'"{default}"' if isinstance(default, str) else repr(default)
+def _with_default(entry: str, default: object) -> str:
+    """An entry with the default of a class, which may allow "auto" where others do not."""
+    line, rest = entry.split("\n", 1)
+    shown = f'"{default}"' if isinstance(default, str) else repr(default)
+    if shown == '"auto"' and shown not in line and "str" not in line:
+        line = line.replace(", default", f" or {shown}, default")
+    return f"{line}\n{rest}".replace("{default}", shown)
 
 
 def _indented(entries: list[str]) -> str:

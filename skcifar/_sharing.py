@@ -22,6 +22,7 @@ from sklearn.utils import check_random_state
 from skcifar._base import TorchEstimator
 from skcifar._device import free_memory
 from skcifar._tasks import Ended, Work, current_work
+from skcifar._training import compute
 
 # Arrays from this size on are shared between tasks.
 _LARGE = 1_000_000
@@ -122,7 +123,9 @@ class _Rows(np.ndarray):
         if content is None:
             return array[key]
         if (shared := self.picked.get(content)) is None:
-            shared = array[rows]  # as scikit-learn picks them, to train on and to score
+            # as scikit-learn picks them, to train on and to score; in the thread that has memory
+            # at hand: 90 MiB take 0.14 s there, and 0.25 in those of tasks
+            shared = compute(lambda: array[rows])
             self.facts.remember(shared)
             self.picked[content] = shared
         return shared

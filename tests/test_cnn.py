@@ -1,5 +1,7 @@
 """CNNClassifier: image shapes, architectures, augmentation, averaging at prediction."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
+from torch import nn
 
 from skcifar import CNNClassifier
 
@@ -52,7 +55,9 @@ def test__guess_on_values_that_are_not_whole__warns_and_can_be_declined(digits):
     assert pipeline[-1].image_shape_ == (8, 8, 1)
 
 
-@pytest.mark.parametrize(("name", "size"), [("lenet5", 12), ("vgg11", 32), ("resnet18", 8)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("airbench94", 9), ("lenet5", 12), ("vgg11", 32), ("resnet18", 8)]
+)
 def test__architecture__runs_at_its_smallest_image_and_names_it_below(name, size):
     y = np.arange(8) % 2
     model = CNNClassifier(architecture=name, max_iter=1, random_state=0)
@@ -113,6 +118,86 @@ def test__augmentation__is_for_training_only_and_fits_the_image(digits):
     assert not np.allclose(
         without.decision_function(big),
         tiny(translate=2).fit(big, np.arange(20) % 2).decision_function(big),
+    )
+
+
+def test__alternating_flip__shows_every_image_from_both_sides_in_two_epochs():
+    X = np.arange(20 * 64, dtype=np.float64).reshape(20, 8, 8, 1)
+    shown = []
+
+    class Seen(nn.Module):
+        def __init__(self, image_shape, n_outputs):
+            super().__init__()
+            self.head = nn.Linear(64, n_outputs)
+
+        def forward(self, x):
+            if self.training:
+                shown.append(x.detach().clone())
+            return self.head(x.flatten(1))
+
+    CNNClassifier(
+        architecture=Seen,
+        horizontal_flip="alternating",
+        batch_size=6,
+        max_iter=4,
+        learning_rate_init=1e-9,
+        precision="float64",
+        random_state=0,
+    ).fit(X, np.arange(20) % 2)
+    epochs = torch.cat(shown).numpy().reshape(4, 20, 8, 8)
+    rows = epochs.min((2, 3)).astype(int) // 64  # which image it is, from either side
+    flipped = epochs[:, :, 0, 0] > epochs[:, :, 0, 7]
+    sides = np.array([side[np.argsort(row)] for side, row in zip(flipped, rows, strict=True)])
+    assert 0 < sides[0].sum() < 20
+    np.testing.assert_array_equal(sides[1:], ~sides[:-1])
+
+
+def test__auto__is_the_recipe_of_the_architecture_unless_it_is_said_otherwise():
+    X = RNG.integers(0, 256, (2600, 12, 12, 3), dtype=np.uint8)
+    y = np.arange(2600) % 2
+
+    def recipe(X=X, **parameters):
+        return CNNClassifier(**parameters)._prepare(X, y[: len(X)], None, going_on=False)[0]
+
+    job = recipe(architecture="airbench94")
+    names = ("solver", "max_iter", "momentum", "learning_rate_init", "batch_size", "lookahead")
+    assert [getattr(job.recipe, n) for n in names] == ["muon", 8, 0.6, 0.24, 104, False]
+    assert job.augment.alternating
+    job = recipe(architecture="airbench94", solver="sgd", max_iter=3, batch_size=32)
+    assert [getattr(job.recipe, n) for n in names] == ["sgd", 3, 0.85, 1.5, 32, True]
+    job = recipe(architecture="airbench94", solver="adam", horizontal_flip=False)
+    assert [getattr(job.recipe, n) for n in names] == ["adam", 13, 0.9, 1e-3, 64, False]
+    assert job.augment is None
+    assert recipe(X[..., 0], architecture="airbench94").augment is None
+    job = recipe(solver="muon")
+    assert [getattr(job.recipe, n) for n in names] == ["muon", 13, 0.6, 0.24, 64, False]
+    assert job.recipe.rate_factor_beside_muon == pytest.approx(0.5 / 0.24)
+    assert [getattr(recipe().recipe, n) for n in names] == ["sgd", 13, 0.9, 0.5, 64, False]
+
+
+def test__whitening__is_of_all_the_images_and_survives_pickling_and_partial_fit():
+    rng = np.random.default_rng(0)
+    # smooth images of two kinds, sorted: neighbouring pixels and channels are alike
+    X = rng.normal(0, 40, (300, 12, 12, 3)).cumsum(1).cumsum(2).clip(-99, 99) + 100
+    X = X.astype(np.uint8)
+    y = np.repeat([0, 1], 150)
+    X[y == 1, :, :, 0] //= 4
+    model = CNNClassifier(architecture="airbench94", max_iter=1, precision="float32")
+    model.fit(X, y)
+    layer = model.module_.whitening
+    images = model._reader(vars(model), torch.device("cpu"))(torch.from_numpy(X.reshape(300, -1)))
+    with torch.no_grad():
+        outputs = (layer(images) - layer.bias[:, None, None]).transpose(0, 1).flatten(1)
+    moments = (outputs[:12] @ outputs[:12].T / outputs.shape[1]).numpy()
+    off_diagonal = moments - np.diag(np.diag(moments))
+    np.testing.assert_allclose(off_diagonal, 0, atol=1e-4)
+    assert 0.5 < np.diag(moments).min() <= np.diag(moments).max() < 1.0001  # eps of 5e-4
+    np.testing.assert_allclose(outputs[:12], -outputs[12:], atol=1e-5)
+    weight = layer.weight.clone()
+    again = pickle.loads(pickle.dumps(model)).partial_fit(X, y)
+    assert torch.equal(again.module_.whitening.weight, weight)
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(model)).decision_function(X), model.decision_function(X)
     )
 
 

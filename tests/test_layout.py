@@ -23,9 +23,10 @@ PARTS = {
 ROWS = [
     ["_provenance", "_image_folder", "_fitted"],
     ["_device"],
+    ["_matmul"],
     ["_networks"],
     ["_architectures"],
-    ["_lbfgs"],
+    ["_lbfgs", "_muon", "_recorded"],
     ["_optimization", "_metric_learning"],
     ["_training"],
     ["_stacked_parameters", "_stacked_loss"],

@@ -17,7 +17,6 @@ from skcifar._networks import (
     Dropout,
     Encoder,
     FineTunedNetwork,
-    Linear,
     MultilayerPerceptron,
     has_batch_norm,
     per_layer,
@@ -53,30 +52,6 @@ def test__gradients__are_the_numerical_ones(activation, batch_norm):
     ).double()
     images = torch.randn(4, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(network, (images,))
-
-
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of torch's own switch of oneDNN
-@pytest.mark.parametrize("n_outputs", [1, 10, 200])
-def test__dense_layer__is_torchs_to_rounding(n_outputs):
-    torch.manual_seed(0)
-    ours, theirs = Linear(300, n_outputs), nn.Linear(300, n_outputs)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(64, 300)
-    inputs = [x.clone().requires_grad_() for _ in range(2)]
-    for layer, rows in zip((ours, theirs), inputs, strict=True):
-        layer(rows).square().sum().backward()
-    pairs = [
-        (ours(x), theirs(x)),
-        (inputs[0].grad, inputs[1].grad),
-        (ours.weight.grad, theirs.weight.grad),
-        (ours.bias.grad, theirs.bias.grad),
-    ]
-    for one, other in pairs:
-        one, other = one.detach(), other.detach()
-        assert float((one - other).abs().max() / other.abs().max()) < 5e-6
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert torch.equal(ours(x), theirs(x))
-    assert torch.equal(ours.double()(x.double()), theirs.double()(x.double()))
 
 
 def test__gradients_of_the_perceptron__are_the_numerical_ones():

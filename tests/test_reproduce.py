@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -41,7 +40,6 @@ from skcifar.preprocessing import GaussianBlur
 from skcifar.reproduce import OURS, REPORT, SYSTEMS, reproduce
 from skcifar.softmax import SoftmaxRegression
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = Scale(n_train=200, n_test=100, epochs=2, n_pictured=50)
 # Of the studies' rows, as they number them.
 IDS = """
@@ -526,14 +524,6 @@ def test__markdown_table__marks_what_was_scaled_down_or_not_run(on_digits, tmp_p
     lines = {line.split(":")[0].strip("| "): line for line in markdown_table(tmp_path).split("\n")}
     assert "(scaled down)" in lines["003-linear"] and "not yet run" in lines["003-linear"]
     assert "%" not in lines["004-tuned"].split("|")[-2] and "not yet run" in lines["004-tuned"]
-
-
-def test__readme_table__is_that_of_the_committed_records():
-    begin, end = "<!-- reproduced: begin -->\n", "\n<!-- reproduced: end -->"
-    readme = (ROOT / "README.md").read_text()
-    assert readme.count(begin) == readme.count(end) == 1
-    shown = readme[readme.index(begin) + len(begin) : readme.index(end)]
-    assert shown == markdown_table(ROOT / "benchmarks" / "results" / "reproduce")
 
 
 def test__description__holds_no_addresses():

@@ -17,6 +17,7 @@ from skcifar import (
     _stack,
     _stacked_loss,
     _stacked_networks,
+    _stacked_parameters,
 )
 from skcifar._stack import groups_of, train_group, why_alone
 from skcifar._training import MEETING, train_alone
@@ -184,8 +185,10 @@ def test__float32__equals_networks_trained_alone_to_rounding(digits):
     assert difference(MLP, RATES | {"activation": ["tanh"]}, X.astype(np.float32), y) < 2e-5
 
 
-def test__bfloat16__scores_as_networks_trained_alone(digits):
+@pytest.mark.parametrize("small", [0, 2**30], ids=["large weights", "small weights"])
+def test__bfloat16__scores_as_networks_trained_alone(small, digits, monkeypatch):
     # its roundings fall differently; what comes out may not differ in what it can do
+    monkeypatch.setattr(_stacked_parameters, "_SMALL", small)
     X, y = digits
     grid = RATES | {"precision": ["bfloat16"], "max_iter": [20]}
     alone = [train_alone(job).history[-1] for job in jobs_of(MLP, grid, X.astype(np.float32), y)]
@@ -194,6 +197,29 @@ def test__bfloat16__scores_as_networks_trained_alone(digits):
         its = outcome.result.history[-1]
         assert abs(row["train_accuracy"] - its["train_accuracy"]) < 0.03
         assert abs(row["train_loss"] - its["train_loss"]) < 0.05
+
+
+def test__bfloat16__only_products_of_large_weights_are_rounded(digits, monkeypatch):
+    X, y = digits
+    grid = RATES | {"precision": ["bfloat16"], "activation": ["tanh"]}
+
+    def difference_to_float32(small):
+        monkeypatch.setattr(_stacked_parameters, "_SMALL", small)
+        narrow = jobs_of(MLP, grid, X.astype(np.float32), y)
+        wide = jobs_of(MLP, grid | {"precision": ["float32"]}, X.astype(np.float32), y)
+        alone = [(job, outcome_alone(job)) for job in wide]
+        return largest_difference(alone, zip(narrow, outcomes_together(narrow), strict=True))
+
+    assert difference_to_float32(small=2**30) < 2e-5
+    assert 1e-3 < difference_to_float32(small=0) < 1
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "hidden layers", "clipped norms", "softmax"])
+def test__large_parameters__equals_networks_trained_alone(name, digits, monkeypatch):
+    monkeypatch.setattr(_stacked_parameters, "_SMALL", 100)  # large ones are updated by themselves
+    monkeypatch.setattr(_stacked_networks, "PIECE_ROWS", 64)
+    base, grid = GRIDS[name]
+    assert difference(base, RATES | grid, *digits) < 1e-9
 
 
 def test__one_setting_off__difference_is_seen(digits):
