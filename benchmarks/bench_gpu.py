@@ -55,10 +55,12 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
@@ -174,6 +176,9 @@ class Setting:
             about |= {"at_least": None, "at_most": None, "note": note}
         return Result(name, row.quantity, figure, **about)
 
+    def unmeasured(self, name: str, note: str) -> Result:
+        return self.result(name, None, repeats=0, note=note)
+
 
 QUICK: dict[str, Any] = {
     "repeats": 1,
@@ -189,8 +194,8 @@ QUICK: dict[str, Any] = {
 
 def main() -> int:
     options = parse_options(__doc__, [*ROWS, "sweeps"], repeats=5, add_options=add_options)
-    if options.device == "cpu" and options.output == DEFAULT_OUTPUT:
-        say("figures of --device cpu are no results: give --output another folder")
+    if (options.device == "cpu" or options.quick) and options.output == DEFAULT_OUTPUT:
+        say("figures of a trial are no results: give --output another folder")
         return 2
     header = machine() | gpu()
     path = options.output / "gpu.csv"
@@ -209,16 +214,26 @@ def main() -> int:
     if options.quick:
         setting = replace(setting, **QUICK)
     if options.device == "cuda" and not torch.cuda.is_available():
-        record(unmeasured(setting, path), path, header)
+        missing = {name: UNMEASURED for name in ROWS if name in options.only}
+        keep([setting.unmeasured(name, note) for name, note in missing.items()], path, header)
         return 0
     warnings.simplefilter("ignore", ConvergenceWarning)  # a few epochs are what is asked for
     results: list[Result] = []
-    for group, names in GROUPS.items():
-        if set(names) & set(options.only):
-            measured = [result for result in group(setting) if result.name in options.only]
-            record(measured, path, header)
-            results += measured
-    missed = exit_status(results, options.check)
+    failed = False
+    for names, group in GROUPS:
+        if not set(names) & set(options.only):
+            continue
+        try:
+            found = group(setting)
+        except Exception as error:  # one that fails does not cost the others the time on a GPU
+            traceback.print_exc()
+            failed = True
+            note = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            found = [setting.unmeasured(name, note) for name in names]
+        found = [result for result in found if result.name in options.only]
+        keep(found, path, header)
+        results += found
+    missed = exit_status(results, options.check) | int(failed)
     if "sweeps" in options.only and options.device == "cuda":
         missed |= sweeps(options)
     return missed
@@ -247,14 +262,15 @@ def gpu() -> dict[str, Any]:
     }
 
 
-def unmeasured(setting: Setting, path: Path) -> list[Result]:
-    """Rows without a figure, but not for those that somebody measured on a GPU."""
+def keep(results: list[Result], path: Path, header: dict[str, Any]) -> None:
+    """Record them, but nothing that was not measured in place of what somebody measured."""
     measured: set[str] = set()
     if path.exists():
         earlier = pd.read_csv(path, dtype=object, keep_default_na=False)
         measured = set(earlier["name"][earlier["figure"] != ""])
-    names = [name for name in ROWS if name in setting.only and name not in measured]
-    return [setting.result(name, None, repeats=0, note=UNMEASURED) for name in names]
+    new = [one for one in results if one.figure is not None or one.name not in measured]
+    if new:
+        record(new, path, header)
 
 
 def sweeps(options: argparse.Namespace) -> int:
@@ -348,26 +364,18 @@ def airbench94_script(setting: Setting, found: np.ndarray, ours_s: float) -> lis
     names = "airbench94_script", "airbench94_script_seconds"
     if setting.script is None:
         note = "not measured: --script PATH names a copy of airbench94_muon.py"
-        return [setting.result(name, None, note=note, repeats=0) for name in names]
+        return [setting.unmeasured(name, note) for name in names]
     printed = run_script(setting.script, setting.train, setting.test)
     note = f"ours {mean_and_error(found)}; it said: {printed.end}"
     lost = None if printed.accuracy is None else printed.accuracy - float(found.mean())
     accuracy = setting.result(names[0], lost, note=note, repeats=setting.seeds)
     if printed.seconds is None:
-        return [accuracy, setting.result(names[1], None, note=printed.end, repeats=0)]
+        return [accuracy, setting.unmeasured(names[1], printed.end)]
     seconds = faster(setting, names[1], ours_s, printed.seconds, note="as it prints them")
     return [accuracy, seconds]
 
 
 # -- steps of small networks ---------------------------------------------------------------------
-
-
-def small_networks(setting: Setting) -> list[Result]:
-    results = []
-    for name in STEPS:
-        if any(row.startswith(f"{name}_epoch") for row in setting.only):
-            results += steps(name, setting)
-    return results
 
 
 def task_of(name: str) -> Task:
@@ -442,12 +450,7 @@ BATCH_SIZE = 512
 RATE = 0.1
 
 
-def convolutional_networks(setting: Setting) -> list[Result]:
-    names = ("vgg16", "resnet18")
-    return [convolutions(name, setting) for name in names if f"{name}_epoch" in setting.only]
-
-
-def convolutions(name: str, setting: Setting) -> Result:
+def convolutions(name: str, setting: Setting) -> list[Result]:
     estimator = CNNClassifier(
         architecture=name,
         horizontal_flip=True,
@@ -471,7 +474,8 @@ def convolutions(name: str, setting: Setting) -> Result:
     )
     ours_s, peer_s = median_epoch(runs[name]), median_epoch(runs["by hand"])
     rate = f"{len(images) / ours_s:,.0f} images/s; "
-    return faster(setting, f"{name}_epoch", ours_s, peer_s, note=rate + beside_epochs(runs[name]))
+    note = rate + beside_epochs(runs[name])
+    return [faster(setting, f"{name}_epoch", ours_s, peer_s, note=note)]
 
 
 # -- features ------------------------------------------------------------------------------------
@@ -555,13 +559,17 @@ def peak(name: str, estimator: BaseEstimator, setting: Setting) -> Result:
     return setting.result(name, (highest - before) / 1e6, repeats=1, note=note)
 
 
-GROUPS: dict[Callable[[Setting], list[Result]], tuple[str, ...]] = {
-    airbench94: tuple(name for name in ROWS if name.startswith("airbench94")),
-    small_networks: tuple(name for name in ROWS if name.startswith(STEPS)),
-    convolutional_networks: ("vgg16_epoch", "resnet18_epoch"),
-    features_resnet18: ("features_resnet18",),
-    memory: tuple(name for name in ROWS if name.startswith("memory")),
-}
+def rows_of(beginning: str) -> tuple[str, ...]:
+    return tuple(name for name in ROWS if name.startswith(beginning))
+
+
+GROUPS: list[tuple[tuple[str, ...], Callable[[Setting], list[Result]]]] = [
+    (rows_of("airbench94"), airbench94),
+    *((rows_of(f"{name}_epoch"), partial(steps, name)) for name in STEPS),
+    *((rows_of(f"{name}_epoch"), partial(convolutions, name)) for name in ("vgg16", "resnet18")),
+    (rows_of("features_resnet18"), features_resnet18),
+    (rows_of("memory"), memory),
+]
 
 
 if __name__ == "__main__":

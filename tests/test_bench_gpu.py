@@ -67,8 +67,28 @@ def test__no_gpu__every_row_says_that_it_was_not_measured(run, bench, monkeypatc
 def test__no_gpu__a_row_that_was_measured_on_one_stays(run, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pd.DataFrame({"name": ["vgg16_epoch"], "figure": [0.95]}).to_csv(tmp_path / "gpu.csv")
-    _, rows = run("--n-train", "10")
-    assert rows["figure"].dropna().to_dict() == {"vgg16_epoch": 0.95}
+    for only in ("vgg16_epoch", "vgg16_epoch,resnet18_epoch"):
+        _, rows = run("--n-train", "10", "--only", only)
+        assert rows["figure"].dropna().to_dict() == {"vgg16_epoch": 0.95}
+    assert rows["note"]["resnet18_epoch"] == "not measured on a GPU"
+
+
+def test__group_that_fails__leaves_its_rows_without_a_figure_and_the_others_go_on(
+    run, bench, monkeypatch, capsys
+):
+    def fail(setting):
+        raise RuntimeError("CUDA error: no kernel image\nfor this device")
+
+    def work(setting):
+        return [setting.result("resnet18_epoch", 1.5)]
+
+    groups = [(("vgg16_epoch",), fail), (("resnet18_epoch",), work)]
+    monkeypatch.setattr(bench, "GROUPS", groups)
+    status, rows = run("--device", "cpu", "--n-train", "10")
+    assert status == 1
+    assert rows["figure"].dropna().to_dict() == {"resnet18_epoch": 1.5}
+    assert rows["note"]["vgg16_epoch"].endswith("failed: RuntimeError: CUDA error: no kernel image")
+    assert "no kernel image" in capsys.readouterr().err
 
 
 def test__trial_on_a_cpu__measures_what_is_asked_without_a_bound(run):
@@ -90,8 +110,9 @@ def test__trial_on_a_cpu__convolutional_contestants_run(run):
     assert "--script" in rows["note"]["airbench94_script"]
 
 
-def test__trial_on_a_cpu__its_figures_do_not_get_among_the_results(bench, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--device", "cpu"])
+@pytest.mark.parametrize("trial", [["--device", "cpu"], ["--quick"]])
+def test__trial__its_figures_do_not_get_among_the_results(bench, trial, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *trial])
     assert bench.main() == 2
     assert "give --output another folder" in capsys.readouterr().err
 
