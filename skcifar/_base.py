@@ -26,11 +26,11 @@ from skcifar._device import (
     Precision,
     as_tensor,
     device_or_cpu,
-    is_out_of_memory,
     per_feature_values,
     seeded_construction,
     skeleton_construction,
 )
+from skcifar._memory import is_out_of_memory
 from skcifar._training import MEETING, compute
 
 # Rows of one forward pass in prediction, the most and the least.

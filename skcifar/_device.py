@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,76 +47,6 @@ def device_or_cpu(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         return torch.device("cpu")
     return device
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a computation failed because its tensors did not fit into the device's memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on the CPU
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a device's memory that are free; a guess where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        # files that the system keeps in memory count as used: half of it all is never too much
-        return max(page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES") // 2)
-    except (AttributeError, ValueError, OSError):  # not every system tells
-        return 4 * 2**30
-
-
-@contextmanager
-def memory_kept(device: torch.device) -> Iterator[None]:
-    """Let the memory that a step frees be the next step's, on a CPU as it is on a GPU.
-
-    The C library gives blocks of more than 32 MB back to the system as soon as they are free, and
-    the pages of new ones are cleared when they are first touched: of a CNN's activations, in every
-    step. Kept until the end of the block, the default CNN trains 1.3 times as fast on an AMD Zen 5,
-    architecture="airbench94" in batches of 2,000 1.5 times. With another C library than glibc, or
-    with SKCIFAR_KEEP_MEMORY=0 in the environment, this does nothing; in other threads than the
-    main one glibc keeps blocks of up to 64 MB only.
-    """
-    global _n_keeping
-    mallopt = _mallopt() if device.type == "cpu" else None
-    if mallopt is None:
-        yield
-        return
-    with _keeping_lock:
-        _n_keeping += 1
-        if _n_keeping == 1:
-            mallopt(_M_MMAP_MAX, 0)  # all from the heap, ...
-            mallopt(_M_TRIM_THRESHOLD, -1)  # ... whose end is not given back
-            mallopt(_M_TOP_PAD, 2**26)
-    try:
-        yield
-    finally:
-        with _keeping_lock:
-            _n_keeping -= 1
-            if _n_keeping == 0:
-                # what glibc's own adjustment comes to in a process that has freed large blocks
-                mallopt(_M_MMAP_MAX, 2**16)
-                mallopt(_M_MMAP_THRESHOLD, 2**25)
-                mallopt(_M_TRIM_THRESHOLD, 2**26)
-                mallopt(_M_TOP_PAD, 2**17)
-                ctypes.CDLL(None).malloc_trim(0)
-
-
-_keeping_lock = threading.Lock()
-_n_keeping = 0
-
-# Of glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
-
-
-@cache
-def _mallopt() -> Callable[[int, int], int] | None:
-    """glibc's, where that is the C library."""
-    if os.environ.get("SKCIFAR_KEEP_MEMORY", "1") == "0" or platform.libc_ver()[0] != "glibc":
-        return None
-    return ctypes.CDLL(None).mallopt
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

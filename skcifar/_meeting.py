@@ -25,7 +25,7 @@ from sklearn.utils import check_random_state
 
 from skcifar import _stack
 from skcifar._base import TorchEstimator
-from skcifar._device import free_memory
+from skcifar._memory import free_memory, memory_kept
 from skcifar._sharing import SharedRows, Steps, arguments_of, may_train
 from skcifar._stack import Outcome
 from skcifar._tasks import Call, Ended, Study, Task, WarningState, Work, now, reraise
@@ -91,6 +91,11 @@ class Coordinator:
         )
 
     def run(self, call: Call) -> None:
+        # rows that are picked, 94 MB for 3 folds of MNIST-10k, lie where those of the last call lay
+        with memory_kept(torch.device("cpu")):
+            self._run(call)
+
+    def _run(self, call: Call) -> None:
         warning_state = WarningState()
         self.calls.append(call)
         try:
@@ -323,7 +328,10 @@ class Coordinator:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return [self._train_one(work) for work in works]
+            return [self._train_one(work) for work in works]
+        finally:
+            for state in before:
+                state.leave()
 
     def _train_one(self, work: Work) -> Outcome:
         job = work.job
@@ -363,6 +371,10 @@ class _State:
         self.job.module.load_state_dict(self.weights)
         self.job.generators.set_state(self.generators)
         self.n_begun = self.n_ended = 0
+
+    def leave(self) -> None:
+        """Let the job be freed, and its rows with it, as soon as nobody needs it."""
+        self.job.on_epoch_begin, self.job.on_epoch_end = self.tell_of_begin, self.tell_of_end
 
     def _begin(self) -> None:
         self.n_begun += 1

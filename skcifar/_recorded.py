@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class RecordedSteps:
     ) -> None:
         self.step = step
         self.generators = [g for g in generators if g.device.type == device.type]
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = _stream(device) if device.type == "cuda" else None
         self.n_taken: Counter[int] = Counter()
         self.positions: dict[int, Tensor] = {}
         self.recordings: dict[int, Callable[[], None]] = {}
@@ -121,3 +122,9 @@ class RecordedSteps:
         finally:
             self.is_recording = False
         return graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all fits, since libraries keep memory for each stream that they have met."""
+    return torch.cuda.Stream(device)

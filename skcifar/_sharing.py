@@ -20,7 +20,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
 
 from skcifar._base import TorchEstimator
-from skcifar._device import free_memory
+from skcifar._memory import free_memory
 from skcifar._tasks import Ended, Work, current_work
 from skcifar._training import compute
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -187,27 +188,15 @@ class Optimizer:
         self.weights = [(p.value.flatten(1), p.owner) for p in parameters if p.is_weight]
         self.like = parameters[0].value
         names = ("momentum", "beta_1", "beta_2", "epsilon")
-        self.constants = {name: self._spread(self._of_recipes(name)) for name in names}
-        self.decays = self._spread_to_weights(self._of_recipes("weight_decay"))
+        self.constants = {name: _spread(self.blocks, self._of_recipes(name)) for name in names}
+        self.decays = _spread_to_weights(self.blocks, self._of_recipes("weight_decay"))
         if self.clips_norm:
             self.norm_limit = torch.as_tensor(self._of_recipes("clip_grad_norm")).to(self.like)
         if self.clips_value:
-            self.value_limit = self._spread(self._of_recipes("clip_grad_value"))
+            self.value_limit = _spread(self.blocks, self._of_recipes("clip_grad_value"))
 
     def _of_recipes(self, name: str) -> Tensor | float:
-        return self._vector([float(getattr(recipe, name)) for recipe in self.recipes])
-
-    def _vector(self, values: list[float]) -> Tensor | float:
-        """A value for each network, or the one that they share."""
-        if len(set(values)) == 1:
-            return values[0]
-        return torch.tensor(values, dtype=torch.float64).to(self.like)
-
-    def _spread(self, vector: Tensor | float) -> list[Tensor | float]:
-        return [block.spread(vector) for block in self.blocks]
-
-    def _spread_to_weights(self, vector: Tensor | float) -> list[Tensor | float]:
-        return [block.spread_to_weights(vector) for block in self.blocks]
+        return _vector(self.like, [float(getattr(recipe, name)) for recipe in self.recipes])
 
     # -- what an epoch's steps share -----------------------------------------------------------
 
@@ -226,9 +215,9 @@ class Optimizer:
         self.norms = [self.like.new_zeros(n_batches, len(owner)) for _, owner in self.weights]
         self.norms_of_steps = [norms.unbind() for norms in self.norms]
         rate_table = torch.tensor(rates, dtype=torch.float64).T
-        self.rate_table = _Table(rate_table, self._spread, self._vector)
+        self.rate_table = _Table(rate_table, self.like, partial(_spread, self.blocks))
         penalties = strengths if self.adds_penalty else self.coupled
-        self.penalties = _Table(penalties, self._spread_to_weights, self._vector)
+        self.penalties = _Table(penalties, self.like, partial(_spread_to_weights, self.blocks))
 
     def mean_penalties(self) -> Tensor:
         """What the penalty adds to each network's mean loss of the epoch, (n_models,)."""
@@ -302,22 +291,34 @@ class Optimizer:
         _subtract_scaled(block.value, root.reciprocal_().mul_(mean), rate)
 
 
+def _vector(like: Tensor, values: list[float]) -> Tensor | float:
+    """A value for each network, or the one that they share."""
+    if len(set(values)) == 1:
+        return values[0]
+    return torch.tensor(values, dtype=torch.float64).to(like)
+
+
+def _spread(blocks: list[Block], vector: Tensor | float) -> list[Tensor | float]:
+    return [block.spread(vector) for block in blocks]
+
+
+def _spread_to_weights(blocks: list[Block], vector: Tensor | float) -> list[Tensor | float]:
+    return [block.spread_to_weights(vector) for block in blocks]
+
+
 class _Table:
     """Factors of the networks in each step, (n_batches, n_models), as the blocks want them."""
 
     def __init__(
-        self,
-        values: Tensor,
-        spread: Callable[[Tensor | float], list[Tensor | float]],
-        vector: Callable[[list[float]], Tensor | float],
+        self, values: Tensor, like: Tensor, spread: Callable[[Tensor | float], list[Tensor | float]]
     ) -> None:
         rows = [tuple(row) for row in values.tolist()]
         few = len(set(rows)) <= 2  # batches of two sizes
-        self.rows, self.spread, self.vector = rows, spread, vector
+        self.rows, self.like, self.spread = rows, like, spread
         self.known = {row: self._made(row) for row in set(rows)} if few else {}
 
     def _made(self, row: tuple[float, ...]) -> list[Tensor | float]:
-        return self.spread(self.vector(list(row)))
+        return self.spread(_vector(self.like, list(row)))
 
     def __getitem__(self, step: int) -> list[Tensor | float]:
         row = self.rows[step]

@@ -31,9 +31,9 @@ from skcifar._device import (
     BatchReader,
     Generators,
     Precision,
-    memory_kept,
 )
 from skcifar._lbfgs import LBFGSResult
+from skcifar._memory import memory_kept
 from skcifar._networks import MultilayerPerceptron, has_batch_norm, use_generator
 from skcifar._optimization import (
     ClassificationLoss,

@@ -1,8 +1,5 @@
 """Rows to batches, statistics, augmentation, seeds and precision."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,9 +8,7 @@ from skcifar._device import (
     Augmentation,
     BatchReader,
     Generators,
-    _mallopt,
     as_tensor,
-    free_memory,
     pixel_statistics,
     reflected,
     resolve_device,
@@ -203,46 +198,3 @@ def test__reader_on_meta__needs_no_data():
 
 def test__device_auto__is_a_device():
     assert resolve_device("auto").type in ("cpu", "cuda")
-
-
-@pytest.mark.parametrize(("n_free", "n_counted"), [(10, 50), (80, 80)])
-def test__free_memory__is_half_of_all_where_cached_files_fill_it(n_free, n_counted, monkeypatch):
-    pages = {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": n_free, "SC_PHYS_PAGES": 100}
-    monkeypatch.setattr("os.sysconf", pages.__getitem__)
-    assert free_memory(torch.device("cpu")) == n_counted * 4096
-
-
-def test__memory_kept__is_reused_by_the_next_step_and_given_back_in_the_end():
-    if _mallopt() is None:
-        pytest.skip("needs glibc")
-    program = """
-import resource, sys, torch
-from skcifar._device import memory_kept
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-def steps():
-    before = faults()
-    for _ in range(3):
-        torch.ones(20_000_000)  # 80 MB, 19,531 pages
-    return faults() - before
-
-steps()
-with memory_kept(torch.device("cpu")):
-    with memory_kept(torch.device("cpu")):
-        steps()
-    inside = steps()
-print(inside, resident() > 80e6, steps())
-with memory_kept(torch.device("meta")):
-    print(steps())
-"""
-    output = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)
-    inside, _, outside, on_meta = output.split()
-    # huge pages, where the system gives them by itself, make fewer faults
-    assert 5 * int(inside) < int(outside)
-    assert 2 * int(on_meta) > int(outside)

@@ -1,0 +1,107 @@
+"""Memory: what is free, what was too much, and what steps and studies keep for the next ones."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed because its tensors did not fit into the device's memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # a plain RuntimeError on the CPU
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that are free; a guess where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        # files that the system keeps in memory count as used: half of it all is never too much
+        return max(page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES") // 2)
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return 4 * 2**30
+
+
+# -- the C library's -------------------------------------------------------------------------------
+
+# Of glibc's <malloc.h>.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+
+# Bytes that may lie free between two fits or studies, for the next.
+_MOST_IDLE = 2**28
+
+_keeping_lock = threading.Lock()
+_n_keeping = 0
+
+
+@contextmanager
+def memory_kept(device: torch.device) -> Iterator[None]:
+    """Let the memory that a step frees be the next step's, on a CPU as it is on a GPU.
+
+    The C library gives blocks of more than 32 MB back to the system as soon as they are free, and
+    the pages of new ones are cleared when they are first touched: of a CNN's activations, in every
+    step. Kept until the end of the block, the default CNN trains 1.3 times as fast on an AMD Zen 5,
+    architecture="airbench94" in batches of 2,000 1.7 times (2.4 s a step in place of 4.2).
+
+    With another C library than glibc, or with SKCIFAR_KEEP_MEMORY=0 in the environment, this does
+    nothing; in other threads than the main one glibc keeps blocks of up to 64 MB only.
+    """
+    global _n_keeping
+    libc = _glibc() if device.type == "cpu" else None
+    if libc is None:
+        yield
+        return
+    with _keeping_lock:
+        _n_keeping += 1
+        if _n_keeping == 1:
+            libc.mallopt(_M_MMAP_MAX, 0)  # all from the heap, ...
+            libc.mallopt(_M_TRIM_THRESHOLD, -1)  # ... whose end is not given back
+            libc.mallopt(_M_TOP_PAD, 2**26)
+    try:
+        yield
+    finally:
+        with _keeping_lock:
+            _n_keeping -= 1
+            if _n_keeping == 0:
+                libc.mallopt(_M_MMAP_MAX, 2**16)
+                # what glibc's own adjustment comes to in a process that has freed large blocks
+                libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+                libc.mallopt(_M_TRIM_THRESHOLD, _MOST_IDLE)
+                libc.mallopt(_M_TOP_PAD, 2**17)
+                if libc.mallinfo2().fordblks > _MOST_IDLE:
+                    libc.malloc_trim(0)
+
+
+class _MallocInfo(ctypes.Structure):
+    """struct mallinfo2; fordblks are the bytes that lie free."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+@cache
+def _glibc() -> Any:
+    """The C library, if it is a glibc that tells of its memory (2.33 or later)."""
+    if os.environ.get("SKCIFAR_KEEP_MEMORY", "1") == "0" or platform.libc_ver()[0] != "glibc":
+        return None
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return None
+    libc.mallinfo2.restype = _MallocInfo
+    return libc
