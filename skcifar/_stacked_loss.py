@@ -108,7 +108,8 @@ class Loss:
 
     def gradient(self, logits: Tensor, wanted: Tensor, shares: Tensor | float) -> Tensor:
         """Of the mean loss of a batch; `shares` are its rows' weights over their sum."""
-        logits = logits.to(self.dtype)
+        if logits.dtype != self.dtype:
+            logits = logits.to(self.dtype)
         if self.kind == "squared_error":
             d = (logits - wanted).div_(self.n_outputs)
         elif self.n_outputs == 1:

@@ -147,6 +147,8 @@ class Stack:
         self.models = [model for alike in towers.values() for model in alike]
         job = self.models[0].job
         self.reader, self.train, self.validation = job.reader, job.train, job.validation
+        # whether rows are more than the network's input as they are, which need not be asked twice
+        self.reads_in = job.reader.mean is not None or job.train.rows.device != job.reader.device
         self.evaluation_rows = job.evaluation_rows
         self.recipe = job.recipe  # what all have in common is read from it
         bounds = [0, *accumulate(len(alike) for alike in towers.values())]
@@ -342,7 +344,9 @@ class Stack:
 
     def _first_layer(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         weights, biases = self.first
-        x = _as(self.reader(rows), weights.operand.dtype)
+        x = rows
+        if self.reads_in or x.dtype != weights.operand.dtype:
+            x = _as(self.reader(rows), weights.operand.dtype)
         z = _as(matrix_product(weights.operand, x), biases.value.dtype)
         return x, z.add_(biases.value)
 
