@@ -121,6 +121,18 @@ INSTANCES = [
         MINI_BATCHES,
     ),
     (
+        CNNClassifier(
+            (8, 8),
+            solver="muon",
+            lookahead=True,
+            horizontal_flip="alternating",
+            batch_size=16,
+            precision="float32",
+            random_state=0,
+        ),
+        BATCH_NORM,
+    ),
+    (
         CNNClassifier(architecture=GroupNormNetwork, precision="bfloat16", random_state=0),
         LOW_PRECISION,
     ),
