@@ -322,7 +322,7 @@ def _group(n_in: int, n_out: int) -> list[nn.Module]:
 class WhiteningConvolution(nn.Conv2d):
     """2x2 pixels' principal components and their negatives, scaled to unit variance.
 
-    `whiten` finds them in images; only the biases are trained.
+    `whiten` finds them in images. Only the biases are trained, but for fine-tuning.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -334,12 +334,13 @@ class WhiteningConvolution(nn.Conv2d):
         """Take the components of images (n, channels, height, width), as the network reads them."""
         second_moments = torch.zeros(2 * [self.weight[0].numel()], dtype=torch.float64)
         n_patches = 0
-        for block in images.split(256):  # 12 MB of CIFAR-10's patches
+        n_rows = max(1, 256 * 32**2 // images[0, 0].numel())  # 12 MB of CIFAR-10's patches
+        for block in images.split(n_rows):
             patches = nn.functional.unfold(block, 2).transpose(1, 2).flatten(0, 1)
             second_moments += (patches.T @ patches).double().cpu()
             n_patches += len(patches)
         variances, components = torch.linalg.eigh(second_moments / n_patches)
-        scaled = components.T / (variances[:, None] + 5e-4).sqrt()
+        scaled = components.T / (variances.clamp_min(0)[:, None] + 5e-4).sqrt()
         self.weight.copy_(torch.cat([scaled, -scaled]).view_as(self.weight))
 
 

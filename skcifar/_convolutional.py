@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skcifar._architectures import ARCHITECTURES
+from skcifar._architectures import ARCHITECTURES, WhiteningConvolution
 from skcifar._base import hidden_widths
 from skcifar._device import Augmentation, reflected
 from skcifar._networks import ConvolutionalNetwork, has_batch_norm
 from skcifar._supervised import SupervisedEstimator
+from skcifar._training import Samples
 
 AUTO_LEARNING_RATE = (
     '"auto" is 1e-3 for "adam" and "adamw"; for "sgd" 0.5 for a network of parameters with '
@@ -24,6 +25,10 @@ AUTO_LEARNING_RATE = (
 # caches, and malloc keeps their memory. Of the default CNNClassifier 7,490 and 3,991 images a
 # second (bfloat16, float32), where 1,024 at once make 4,633 and 2,009.
 _PIXELS_OF_A_PASS = 128 * 32**2
+
+
+# Of images in which whitening finds its components: 5,000 of CIFAR-10.
+_WHITENING_PIXELS = 5000 * 32**2
 
 
 class AugmentedEstimator(SupervisedEstimator):
@@ -110,12 +115,33 @@ class ConvolutionalEstimator(AugmentedEstimator):
             "global_pool": self.global_pool,
         }
 
+    def _show_images(
+        self,
+        module: nn.Module,
+        samples: Samples,
+        attributes: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        layers = [layer for layer in module.modules() if isinstance(layer, WhiteningConvolution)]
+        if not layers:
+            return
+        height, width, _ = attributes["image_shape_"]
+        n_shown = min(len(samples), max(1, _WHITENING_PIXELS // (height * width)))
+        # of all rows, as classes may stand together
+        shown = torch.arange(n_shown, device=device) * len(samples) // n_shown
+        if samples.index is not None:
+            shown = samples.index[shown]
+        images = self._reader(attributes, device)(samples.rows.index_select(0, shown))
+        for layer in layers:
+            layer.whiten(images)
+
     def _resolve_learning_rate(self, module: nn.Module) -> float:
         rate = self._value("learning_rate_init")
         if rate != "auto":
             return rate
-        if self._value("solver") in ("adam", "adamw"):
-            return 1e-3
+        return 1e-3 if self._value("solver") in ("adam", "adamw") else self._rate_of_sgd(module)
+
+    def _rate_of_sgd(self, module: nn.Module) -> float:
         if not has_batch_norm(module):
             return 0.05
         return 0.1 if self.architecture is not None else 0.5

@@ -41,6 +41,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device itself, also once another one is CUDA's current."""
+    if str(device) == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def device_or_cpu(name: str) -> torch.device:
     """The device of that name where this machine has it, else the CPU."""
     device = torch.device(name)
@@ -289,7 +296,9 @@ class BatchReader:
             shape = (height, width, 3 if self.grey_to_rgb else channels)
             layout = "HWC" if self.as_images else self.layout
             shift, factor = (
-                _per_feature(tuple(values.tolist()), shape, layout, self.dtype, self.device)
+                _per_feature(
+                    tuple(values.tolist()), shape, layout, self.dtype, indexed(self.device)
+                )
                 for values in (self.mean, 1.0 / self.scale)
             )
         object.__setattr__(self, "_shift", shift)

@@ -375,6 +375,7 @@ class _State:
     def leave(self) -> None:
         """Let the job be freed, and its rows with it, as soon as nobody needs it."""
         self.job.on_epoch_begin, self.job.on_epoch_end = self.tell_of_begin, self.tell_of_end
+        del self.job, self.weights, self.generators
 
     def _begin(self) -> None:
         self.n_begun += 1

@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
             if group["orthogonal"]:
                 steps = _orthogonalised(steps)
                 for parameter in parameters:
-                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
+                    # one that begins at 0 stays there for now, rather than become NaN
+                    parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-12))
             # a product, as the rate may be a tensor
             torch._foreach_sub_(parameters, torch._foreach_mul(steps, group["lr"]))
 

@@ -190,7 +190,8 @@ nesterovs_momentum : bool, default={default}
     Whether solver="sgd" uses Nesterov's momentum.
 lookahead : bool, default={default}
     Whether slow weights follow those that are trained, which go on from them every five
-    steps: a mean over the end of a training of fixed length [5]_.
+    steps: a mean over the end of a training of fixed length [5]_, which one that ends early
+    does not come to.
 early_stopping : bool, default={default}
     Whether to hold out `validation_fraction` of the rows (or to use `X_val`), to end the
     training when the validation score has not improved for `n_iter_no_change` epochs, and

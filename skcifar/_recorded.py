@@ -7,14 +7,20 @@ a CUDA graph, forward pass, gradients and update are asked for at once. Not meas
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from skcifar._device import indexed
+
+# Takes positions of rows, an int64 tensor on the device. It reads and writes tensors that stay
+# where they are, never waits for the device, and does the same for as many rows.
+Step = Callable[[Tensor], None]
 
 # Before a step is recorded it is taken as it is so many times: libraries choose their kernels and
 # the optimizer makes its moments, neither of which may happen while recording.
@@ -31,21 +37,12 @@ class RecordedSteps:
 
     Parameters
     ----------
-    step : callable
-        Takes positions of rows, an int64 tensor on the device. It reads and writes tensors that
-        stay where they are, never waits for the device, and does the same for as many rows.
     device : torch.device
     generators : iterable of torch.Generator
         That the step draws from on the device.
     """
 
-    def __init__(
-        self,
-        step: Callable[[Tensor], None],
-        device: torch.device,
-        generators: Iterable[torch.Generator],
-    ) -> None:
-        self.step = step
+    def __init__(self, device: torch.device, generators: Iterable[torch.Generator]) -> None:
         self.generators = [g for g in generators if g.device.type == device.type]
         self.stream = _stream(device) if device.type == "cuda" else None
         self.n_taken: Counter[int] = Counter()
@@ -55,43 +52,54 @@ class RecordedSteps:
         self.is_recording = False
 
     def run(
-        self, batches: Iterable[Tensor], begin: Callable[[], None], end: Callable[[], None]
+        self,
+        batches: Iterable[Tensor],
+        begin: Callable[[], None],
+        step: Step,
+        end: Callable[[], None],
     ) -> None:
         """Take a step for each of the batches' positions, between the host's `begin` and `end`."""
         if self.stream is None:
-            self._run(batches, begin, end)
+            self._run(batches, begin, step, end)
             return
         # recording wants a stream of its own, which gradients remember
         outside = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(outside)
-        with torch.cuda.stream(self.stream):
-            self._run(batches, begin, end)
-        outside.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                self._run(batches, begin, step, end)
+        finally:
+            outside.wait_stream(self.stream)
 
     def forget(self) -> None:
         """Record anew: the step does something else from now on."""
         self.n_taken.clear()
         self.recordings.clear()
+        self.positions.clear()
 
     def _run(
-        self, batches: Iterable[Tensor], begin: Callable[[], None], end: Callable[[], None]
+        self,
+        batches: Iterable[Tensor],
+        begin: Callable[[], None],
+        step: Step,
+        end: Callable[[], None],
     ) -> None:
         for positions in batches:
             begin()
             n_rows = len(positions)
             self.n_taken[n_rows] += 1
             if self.may_record and self.n_taken[n_rows] > _WARM_UP_STEPS:
-                self._play(positions)
+                self._play(step, positions)
             else:
-                self.step(positions)
+                step(positions)
             end()
 
-    def _play(self, positions: Tensor) -> None:
+    def _play(self, step: Step, positions: Tensor) -> None:
         n_rows = len(positions)
         if n_rows not in self.recordings:
             self.positions[n_rows] = positions.clone()
             try:
-                self.recordings[n_rows] = self._record(self.positions[n_rows])
+                self.recordings[n_rows] = self._record(step, self.positions[n_rows])
             except RuntimeError as error:
                 self.may_record = False
                 warnings.warn(
@@ -101,12 +109,12 @@ class RecordedSteps:
                     UserWarning,
                     stacklevel=2,
                 )
-                self.step(positions)
+                step(positions)
                 return
         self.positions[n_rows].copy_(positions)
         self.recordings[n_rows]()
 
-    def _record(self, positions: Tensor) -> Callable[[], None]:
+    def _record(self, step: Step, positions: Tensor) -> Callable[[], None]:
         """What plays the step, which recording does not take."""
         graph = torch.cuda.CUDAGraph()
         with warnings.catch_warnings():
@@ -117,14 +125,25 @@ class RecordedSteps:
                 register(generator)
         self.is_recording = True
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.step(positions)
+            with (
+                _recording_lock,
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                step(positions)
         finally:
             self.is_recording = False
         return graph.replay
 
 
-@cache
+# What is recorded in a process is one step at a time.
+_recording_lock = threading.Lock()
+_streams = threading.local()
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all fits, since libraries keep memory for each stream that they have met."""
-    return torch.cuda.Stream(device)
+    """One for all fits of a thread, since libraries keep memory for each that they have met."""
+    device = indexed(device)
+    of_device = vars(_streams)
+    if str(device) not in of_device:
+        of_device[str(device)] = torch.cuda.Stream(device)
+    return of_device[str(device)]

@@ -17,7 +17,6 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor, nn
 
-from skcifar._architectures import WhiteningConvolution
 from skcifar._base import TorchEstimator, weights_device
 from skcifar._device import (
     Augmentation,
@@ -31,9 +30,6 @@ from skcifar._networks import has_batch_norm
 from skcifar._optimization import Recipe
 from skcifar._parameters import CONSTRAINTS
 from skcifar._training import Samples, TrainingJob, TrainingResult, compute, train
-
-# Images in which whitening finds its components: 5 million patches of CIFAR-10.
-_WHITENING_ROWS = 5000
 
 
 class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
@@ -133,7 +129,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             module = self._module(
                 attributes, self._count_outputs(classes), seeds["weights"], device
             )
-            self._whiten(module, samples, attributes, device)
+            self._show_images(module, samples, attributes, device)
         attributes["module_"] = module
         view = self._view(attributes)
         validation, score = None, None
@@ -296,25 +292,14 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
             )
         return {"image_shape_": image_shape, "mean_": mean, "scale_": scale}
 
-    def _whiten(
+    def _show_images(
         self,
         module: nn.Module,
         samples: Samples,
         attributes: dict[str, Any],
         device: torch.device,
     ) -> None:
-        """Show some of the images to the layers that take their weights from them."""
-        layers = [layer for layer in module.modules() if isinstance(layer, WhiteningConvolution)]
-        if not layers:
-            return
-        # of all rows, as classes may stand together
-        n_shown = min(len(samples), _WHITENING_ROWS)
-        shown = torch.linspace(0, len(samples) - 1, n_shown, device=device).long()
-        if samples.index is not None:
-            shown = samples.index[shown]
-        images = self._reader(attributes, device)(samples.rows.index_select(0, shown))
-        for layer in layers:
-            layer.whiten(images)
+        """Let layers of a fresh module that take their weights from images see some."""
 
     # -- what is trained, and how ------------------------------------------------------------------
 

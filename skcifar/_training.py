@@ -26,6 +26,7 @@ from skorch.dataset import Dataset
 from torch import Tensor, nn
 
 from skcifar import _lbfgs
+from skcifar._architectures import Airbench94
 from skcifar._device import (
     Augmentation,
     BatchReader,
@@ -34,7 +35,7 @@ from skcifar._device import (
 )
 from skcifar._lbfgs import LBFGSResult
 from skcifar._memory import memory_kept
-from skcifar._networks import MultilayerPerceptron, has_batch_norm, use_generator
+from skcifar._networks import Encoder, MultilayerPerceptron, has_batch_norm, use_generator
 from skcifar._optimization import (
     ClassificationLoss,
     LearningRates,
@@ -49,6 +50,9 @@ from skcifar._recorded import RecordedSteps, records_steps
 # A larger batch is read and differentiated in pieces of this many rows, whose gradients add up:
 # a full batch of CIFAR-10 in float32 would be four times the memory of the images.
 PIECE_ROWS = 4096
+
+# Layers whose steps are all alike: others may decide anew in each of them.
+_RECORDABLE = ("torch.nn.", "skcifar.")
 
 # -- what a fit is ---------------------------------------------------------------------------------
 
@@ -376,6 +380,11 @@ class _Net(NeuralNetClassifier):
             self.is_over = until == n_epochs
         except _Stop:
             self.is_over = True
+        finally:
+            if self.recorded is not None:
+                # activations and gradients lie in the memory of what was recorded
+                self.optimizer_.zero_grad(set_to_none=True)
+                self.recorded.forget()
         if self.is_over:
             self.notify("on_train_end", X=None, y=None)
         if not self.conductor.history:
@@ -518,8 +527,10 @@ class _Net(NeuralNetClassifier):
             and job.train.weight is None
             and job.sampler is None
             and job.precision.weights == torch.float32
-            and not (self.notifies_batches or self.notifies_gradients)
             and not callable(job.recipe.learning_rate)
+            and not job.incremental
+            and not job.skorch_callbacks
+            and all(type(m).__module__.startswith(_RECORDABLE) for m in self.module_.modules())
         )
 
     def _prepare_recording(self) -> None:
@@ -528,7 +539,7 @@ class _Net(NeuralNetClassifier):
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, penalty, right
         self.trained = [p.requires_grad for p in self.module_.parameters()]
         generators = vars(self.job.generators).values()
-        self.recorded = RecordedSteps(self._static_step, device, generators)
+        self.recorded = RecordedSteps(device, generators)
 
     def _run_recorded_epoch(self, iterator: Batches) -> tuple[float, float | None]:
         assert self.recorded is not None
@@ -540,7 +551,8 @@ class _Net(NeuralNetClassifier):
         if index is None:
             index = torch.arange(len(iterator.samples), device=self.rate.device)
         self.sums.zero_()
-        self.recorded.run(index.split(sizes), self._begin_step, self._end_step)
+        steps = (self._begin_step, self._static_step, self._end_step)
+        self.recorded.run(index.split(sizes), *steps)
         self.n_rows_seen += sum(sizes)
         loss, penalty, right = (self.sums / sum(sizes)).tolist()
         return loss + penalty, right
@@ -616,13 +628,15 @@ class _Net(NeuralNetClassifier):
         groups = self.optimizer_.param_groups
         capturable = self.recorded.is_recording
         kept = [dict(group) for group in groups]
-        for group in groups:
-            group["lr"] = self.rate * group["rate_factor"]
-            if "capturable" in group:
-                group["capturable"] = capturable
-        self.optimizer_.step()
-        for group, values in zip(groups, kept, strict=True):
-            group.update(values)
+        try:
+            for group in groups:
+                group["lr"] = self.rate * group["rate_factor"]
+                if "capturable" in group:
+                    group["capturable"] = capturable
+            self.optimizer_.step()
+        finally:
+            for group, values in zip(groups, kept, strict=True):
+                group.update(values)
 
     def penalised_weights(self) -> list[Tensor]:
         """Those that have a gradient: a network may hold layers that its output does not use."""
@@ -687,9 +701,10 @@ class _Net(NeuralNetClassifier):
 
     def _tell_module(self, share: float) -> None:
         """Let a network that has a schedule of its own know how much of the training is over."""
-        begin_epoch = getattr(self.job.module, "begin_epoch", None)
-        if begin_epoch is not None:
-            begin_epoch(share)
+        module = self.job.module
+        network = module.network if isinstance(module, Encoder) else module
+        if isinstance(network, Airbench94):
+            network.begin_epoch(share)
 
     def _is_last_epoch(self) -> bool:
         return len(self.conductor.history) + 1 == self.job.recipe.max_iter

@@ -31,7 +31,9 @@ _AUTO: dict[str, Any] = {
     "learning_rate_end": 0.0,
     "lookahead": False,
 }
-_AUTO_ENTRY = '"auto" is {}, or of the recipe of architecture="airbench94".'
+_AUTO_ENTRY = (
+    '"auto" is {}, or of the recipe of architecture="airbench94" with solver="muon" or "sgd".'
+)
 _AUTO_OF_MUON = {"learning_rate_init": 0.24, "momentum": 0.6, "learning_rate_warmup": 0.0}
 
 
@@ -40,15 +42,16 @@ _AUTO_OF_MUON = {"learning_rate_init": 0.24, "momentum": 0.6, "learning_rate_war
     "else False.",
     weight_decay=_AUTO_ENTRY.format("5e-4")
     + ' With solver="muon" it is for all but filters, whose norm is fixed.',
-    batch_size='With architecture="airbench94" "auto" is n_samples // 25, within 64 to 2,000, or '
-    'to 1,024 with solver="sgd".',
+    batch_size='With architecture="airbench94" "auto" is n_samples // 25, within 64 to 2,000 with '
+    'solver="muon" and to 1,024 with "sgd".',
     learning_rate_init=AUTO_LEARNING_RATE
-    + ' For "muon" it is 0.24, at which filters learn; all else learns at the rate of "sgd", in '
-    "the same proportion for other values.",
+    + ' For "muon" it is 0.24, at which filters learn; all else learns at the rate of "sgd" or of '
+    "the recipe, in the same proportion for other values.",
     learning_rate_warmup=_AUTO_ENTRY.format('0.2, and 0 with solver="muon"'),
     learning_rate_end=_AUTO_ENTRY.format("0"),
     max_iter=_AUTO_ENTRY.format("13"),
-    momentum=_AUTO_ENTRY.format('0.9, and with solver="muon" 0.6 for filters and 0.85 otherwise'),
+    momentum='With solver="muon" of filters, and 0.85 for all else. '
+    + _AUTO_ENTRY.format('0.9, and 0.6 with solver="muon"'),
     lookahead=_AUTO_ENTRY.format("False"),
     instead={
         "solver": """
@@ -252,7 +255,7 @@ class CNNClassifier(ConvolutionalEstimator, TorchClassifier):
         recipe = super()._recipe(module, samples, incremental)
         auto = self._auto_values()
         # what is no filter learns at the rate that SGD would take for this network
-        beside = (0.5 if self.architecture is None else 0.1) / _AUTO_OF_MUON["learning_rate_init"]
+        beside = self._rate_of_sgd(module) / _AUTO_OF_MUON["learning_rate_init"]
         return replace(
             recipe,
             bias_rate_factor=auto.get("bias_rate_factor", 1.0),

@@ -7,11 +7,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
+from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from torch import nn
 
-from skcifar import CNNClassifier
+from skcifar import CNNClassifier, FineTunedClassifier, TripletEmbedder
 
 RNG = np.random.default_rng(0)
 
@@ -199,6 +200,19 @@ def test__whitening__is_of_all_the_images_and_survives_pickling_and_partial_fit(
     np.testing.assert_array_equal(
         pickle.loads(pickle.dumps(model)).decision_function(X), model.decision_function(X)
     )
+
+
+def test__whitening_of_a_frozen_encoder__stays_as_it_is():
+    X = RNG.integers(0, 256, (60, 12, 12, 3), dtype=np.uint8)
+    y = np.arange(60) % 2
+    embedder = TripletEmbedder(4, architecture="airbench94", max_iter=1, random_state=0).fit(X, y)
+    weight = embedder.module_.network.whitening.weight
+    assert not torch.equal(weight[:12], torch.zeros_like(weight[:12]))
+    model = FineTunedClassifier(
+        FrozenEstimator(embedder), trainable="head", translate=0, max_iter=1, random_state=0
+    )
+    model.fit(np.repeat(X[..., :1], 3, axis=3), y)
+    assert torch.equal(model.encoder_.module_.network.whitening.weight, weight)
 
 
 @pytest.mark.parametrize("horizontal_flip", [False, True])

@@ -123,3 +123,29 @@ with memory_kept(torch.device("meta")):
     # huge pages, where the system gives them by itself, make fewer faults
     assert 5 * int(inside) < int(outside)
     assert 2 * int(on_meta) > int(outside)
+
+
+def test__fork_while_memory_is_kept__begins_anew():
+    if _glibc() is None:
+        pytest.skip("needs glibc")
+    program = """
+import os, torch
+from skcifar import _memory
+
+with _memory.memory_kept(torch.device("cpu")), _memory._keeping_lock:
+    child = os.fork()
+    if child == 0:
+        free = _memory._keeping_lock.acquire(timeout=5)
+        os._exit(0 if free and _memory._n_keeping == 0 else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), _memory._n_keeping)
+"""
+    output = subprocess.check_output(
+        [sys.executable, "-W", "ignore", "-c", program], text=True, timeout=60
+    )
+    assert output.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("variable", ["SKCIFAR_KEEP_MEMORY", "MALLOC_TRIM_THRESHOLD_"])
+def test__environment__can_decline_to_keep_memory(variable, monkeypatch):
+    monkeypatch.setenv(variable, "0")
+    assert _glibc.__wrapped__() is None

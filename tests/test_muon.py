@@ -127,3 +127,23 @@ def test__lookahead__follows_as_in_a_loop_and_ends_at_the_slow_weights():
     np.testing.assert_allclose(module.weight.detach(), slow, rtol=1e-6)
     assert torch.equal(module.running_mean, torch.zeros(2))
     assert module.num_batches_tracked == 0  # no number to average
+
+
+def test__filter_that_begins_at_zero__does_not_become_nan():
+    filters = nn.Parameter(torch.zeros(4, 3, 2, 2))
+    optimizer = Muon([{"params": [filters], "lr": 0.1, "orthogonal": True, "momentum": 0.6}])
+    filters.grad = torch.randn(4, 3, 2, 2, generator=TORCH)
+    optimizer.step()
+    assert filters.isfinite().all() and filters.abs().sum() > 0
+
+
+def test__muon__leaves_the_rest_at_the_rate_that_sgd_takes():
+    y = np.arange(200) % 2
+    X = np.random.default_rng(0).integers(0, 256, (200, 12, 12), dtype=np.uint8)
+    for parameters in ({}, {"batch_norm": False}, {"architecture": "lenet5"}):
+        rates = [
+            CNNClassifier(solver=solver, **parameters)._prepare(X, y, going_on=False)[0].recipe
+            for solver in ("sgd", "muon")
+        ]
+        beside = rates[1].learning_rate_init * rates[1].rate_factor_beside_muon
+        assert beside == pytest.approx(rates[0].learning_rate_init)

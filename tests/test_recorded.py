@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 
 from skcifar import CNNClassifier, MLPClassifier, SoftmaxRegression, _training
 from skcifar._recorded import RecordedSteps, records_steps
@@ -50,10 +51,10 @@ def played(monkeypatch):
     """Let steps be "recorded" on the CPU; gives the number of rows of each that is played."""
     numbers = []
 
-    def record(self, positions):
+    def record(self, step, positions):
         def play():
             numbers.append(len(positions))
-            self.step(positions)
+            step(positions)
 
         return play
 
@@ -63,7 +64,8 @@ def played(monkeypatch):
 
 
 def fitted(estimator, images):
-    return estimator.set_params(random_state=0, precision="float32").fit(*images)
+    estimator = clone(estimator).set_params(random_state=0, precision="float32")
+    return estimator.fit(*images)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -114,7 +116,7 @@ def test__parameters_that_come_to_rest__are_no_longer_updated_by_what_is_played(
 def test__step_that_cannot_be_recorded__is_taken_and_a_warning_says_so(images, monkeypatch):
     expected = fitted(SoftmaxRegression(solver="sgd", max_iter=2, batch_size=100), images)
 
-    def fail(self, positions):
+    def fail(self, step, positions):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(_training, "records_steps", lambda device: True)
@@ -164,7 +166,8 @@ def test__epoch_on_a_gpu__waits_for_it_once_and_equals_steps_that_are_taken(
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(RecordedSteps, "run", without_waiting)
-    recorded = fitted(ESTIMATORS[name].set_params(device="cuda"), images)
+    estimator = clone(ESTIMATORS[name]).set_params(device="cuda")
+    recorded = fitted(estimator, images)
     monkeypatch.setenv("SKCIFAR_CUDA_GRAPHS", "0")
-    taken = fitted(ESTIMATORS[name], images)
+    taken = fitted(estimator, images)
     assert recorded.loss_curve_ == pytest.approx(taken.loss_curve_, rel=1e-2)
