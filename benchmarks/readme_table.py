@@ -32,7 +32,7 @@ REACHED = [
     ("`MLPClassifier`", "mnist-mlp", "cifar10-mlp"),
     ("`CNNClassifier`", "mnist-cnn", "cifar10-cnn"),
     ("`CNNClassifier`, `horizontal_flip=True, tta=True`", "", "cifar10-cnn-flip-tta"),
-    ('the same, `architecture="airbench94", tta=True`', "", "airbench94_cpu"),
+    ('`CNNClassifier`, `architecture="airbench94", tta=True`', "", "airbench94_cpu"),
 ]
 
 SCIKIT_LEARN = "scikit-learn's `MLPClassifier`"
