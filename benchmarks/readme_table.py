@@ -120,7 +120,7 @@ SPEED = [
         "predict:throughput_cnn_skorch",
     ),
     (
-        "the same",
+        "`predict` of 50,000 images: softmax regression / 200 hidden units",
         "scikit-learn's `LogisticRegression` / `MLPClassifier`",
         "predict:throughput_softmax_scikit_learn predict:throughput_mlp_scikit_learn",
     ),
