@@ -88,41 +88,43 @@ def test__free_memory__is_half_of_all_where_cached_files_fill_it(n_free, n_count
     assert free_memory(torch.device("cpu")) == n_counted * 4096
 
 
-def test__memory_kept__is_reused_by_the_next_step_and_given_back_in_the_end():
+def test__memory_kept__stays_the_process_s_until_the_end():
     if _glibc() is None:
         pytest.skip("needs glibc")
+    # What lies in memory is told everywhere; page faults, which keeping it saves, are not.
     program = """
-import resource, sys, torch
+import os, torch
 from skcifar._memory import memory_kept
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def resident():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+        pages = file.read().split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")  # files aside
 
-def steps():
-    before = faults()
-    for _ in range(3):
-        torch.ones(80_000_000)  # 320 MB, 78,125 pages
-    return faults() - before
+def left_by_a_step():
+    before = resident()
+    torch.ones(80_000_000)  # 320 MB, freed at once
+    return resident() - before
 
-steps()
+left_by_a_step()
+print(left_by_a_step())
+with memory_kept(torch.device("meta")):
+    print(left_by_a_step())
+before = resident()
 with memory_kept(torch.device("cpu")):
     with memory_kept(torch.device("cpu")):
-        steps()
-    inside = steps()
-print(inside, resident() > 320e6, steps())
-with memory_kept(torch.device("meta")):
-    print(steps())
+        print(left_by_a_step())
+    print(left_by_a_step())
+    print(resident() - before)
+print(resident() - before)
+print(left_by_a_step())
 """
     output = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)
-    inside, is_kept, outside, on_meta = output.split()
-    assert is_kept == "True"
-    # huge pages, where the system gives them by itself, make fewer faults
-    assert 5 * int(inside) < int(outside)
-    assert 2 * int(on_meta) > int(outside)
+    untouched, on_meta, first, second, within, after, again = map(int, output.split())
+    assert max(untouched, on_meta, after, again) < 100e6
+    assert first > 300e6
+    assert within > 300e6
+    assert second < 100e6  # the same memory, once more
 
 
 def test__fork_while_memory_is_kept__begins_anew():
