@@ -278,12 +278,17 @@ def machine() -> dict[str, Any]:
 
 
 def record(results: list[Result], path: Path, header: dict[str, Any]) -> None:
-    """Print the results and put them into the CSV, in place of earlier rows of their names."""
+    """Print the results and put them into the CSV, in place of earlier rows of their names.
+
+    What could not be measured here takes no place of what somebody has measured.
+    """
     for result in results:
         print(result, flush=True)
     table = pd.DataFrame([result.row() | header for result in results])
     if path.exists():
         earlier = pd.read_csv(path, dtype=object, keep_default_na=False)
+        measured = set(earlier["name"][earlier["figure"] != ""])
+        table = table[table["figure"].notna() | ~table["name"].isin(measured)]
         kept = earlier[~earlier["name"].isin(table["name"])]
         table = pd.concat([kept, table.astype(object)])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pandas as pd
 import torch
 from _contestants import TASKS, Task, our_mlp, our_softmax
 from _gpu_peers import (
@@ -215,7 +214,7 @@ def main() -> int:
         setting = replace(setting, **QUICK)
     if options.device == "cuda" and not torch.cuda.is_available():
         missing = {name: UNMEASURED for name in ROWS if name in options.only}
-        keep([setting.unmeasured(name, note) for name, note in missing.items()], path, header)
+        record([setting.unmeasured(name, note) for name, note in missing.items()], path, header)
         return 0
     warnings.simplefilter("ignore", ConvergenceWarning)  # a few epochs are what is asked for
     results: list[Result] = []
@@ -231,7 +230,7 @@ def main() -> int:
             note = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             found = [setting.unmeasured(name, note) for name in names]
         found = [result for result in found if result.name in options.only]
-        keep(found, path, header)
+        record(found, path, header)
         results += found
     missed = exit_status(results, options.check) | int(failed)
     if "sweeps" in options.only and options.device == "cuda":
@@ -260,17 +259,6 @@ def gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-
-
-def keep(results: list[Result], path: Path, header: dict[str, Any]) -> None:
-    """Record them, but nothing that was not measured in place of what somebody measured."""
-    measured: set[str] = set()
-    if path.exists():
-        earlier = pd.read_csv(path, dtype=object, keep_default_na=False)
-        measured = set(earlier["name"][earlier["figure"] != ""])
-    new = [one for one in results if one.figure is not None or one.name not in measured]
-    if new:
-        record(new, path, header)
 
 
 def sweeps(options: argparse.Namespace) -> int:

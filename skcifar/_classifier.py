@@ -6,7 +6,8 @@ from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
-from scipy.special import expit, softmax
+import torch
+from scipy.special import expit
 from sklearn.base import ClassifierMixin, _fit_context
 from sklearn.callback import with_callbacks
 from sklearn.utils import check_scalar, compute_class_weight
@@ -272,7 +273,7 @@ class TorchClassifier(ClassifierMixin, SupervisedEstimator):
         outputs = self.decision_function(X)
         if outputs.ndim == 1:
             return expit(np.column_stack([-outputs, outputs]))
-        return softmax(outputs, axis=1)
+        return torch.from_numpy(outputs).softmax(1).numpy()  # scipy.special takes 4 us more
 
     @available_if(_gives_probabilities)
     def predict_log_proba(self, X: Any) -> np.ndarray:
