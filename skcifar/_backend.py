@@ -16,9 +16,9 @@ import joblib
 import numpy as np
 from joblib.parallel import ParallelBackendBase
 
+from skcifar._jobs import TrainingJob, TrainingResult
 from skcifar._meeting import PLAN, Coordinator, Plan, Planned, PlannedFit
 from skcifar._tasks import Call, Study, Task, Work, current_work
-from skcifar._training import TrainingJob, TrainingResult
 
 
 class Backend(ParallelBackendBase):

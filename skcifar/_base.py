@@ -30,8 +30,8 @@ from skcifar._device import (
     seeded_construction,
     skeleton_construction,
 )
+from skcifar._jobs import MEETING, compute
 from skcifar._memory import is_out_of_memory
-from skcifar._training import MEETING, compute
 
 # Rows of one forward pass in prediction, the most and the least.
 _PREDICTION_ROWS = 1024

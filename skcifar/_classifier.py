@@ -17,10 +17,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from skcifar._device import Generators, Precision
+from skcifar._jobs import compute
 from skcifar._networks import Step, hidden_steps
 from skcifar._optimization import ClassificationLoss
 from skcifar._supervised import SupervisedEstimator
-from skcifar._training import compute
 
 
 def _is_stochastic(estimator: TorchClassifier) -> bool:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from skcifar._architectures import ARCHITECTURES, WhiteningConvolution
 from skcifar._base import hidden_widths
+from skcifar._batches import Samples
 from skcifar._device import Augmentation, reflected
 from skcifar._networks import ConvolutionalNetwork, has_batch_norm
 from skcifar._supervised import SupervisedEstimator
-from skcifar._training import Samples
 
 AUTO_LEARNING_RATE = (
     '"auto" is 1e-3 for "adam" and "adamw"; for "sgd" 0.5 for a network of parameters with '

@@ -25,11 +25,12 @@ from sklearn.utils import check_random_state
 
 from skcifar import _stack
 from skcifar._base import TorchEstimator
+from skcifar._jobs import TrainingJob
 from skcifar._memory import free_memory, memory_kept
 from skcifar._sharing import SharedRows, Steps, arguments_of, may_train
 from skcifar._stack import Outcome
 from skcifar._tasks import Call, Ended, Study, Task, WarningState, Work, now, reraise
-from skcifar._training import TrainingJob, train_alone
+from skcifar._training import train_alone
 
 # Fits that wait to be trained at a time, and the memory their rows may take together; None is a
 # quarter of what is free. Beyond, those that wait are trained before others start.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from skcifar import _stack
+from skcifar._jobs import TrainingJob
 from skcifar._meeting import PlannedFit
 from skcifar._study import SearchStudy, last_step, trained_parts
-from skcifar._training import TrainingJob
 
 _FOREIGN = "not an estimator of skcifar"
 _CALIBRATION_SECONDS = 1.0  # of all groups of a plan together, roughly

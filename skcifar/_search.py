@@ -21,11 +21,11 @@ from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, Randomize
 
 from skcifar._backend import Backend, collect
 from skcifar._comparison import comparison
+from skcifar._jobs import MEETING
 from skcifar._plan import plan_of
 from skcifar._search_parameters import CONSTRAINTS, documented
 from skcifar._study import SearchStudy, Split, owner_of
 from skcifar._supervised import SupervisedEstimator
-from skcifar._training import MEETING
 
 
 class _BatchedSearch(BaseEstimator):

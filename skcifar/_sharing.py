@@ -20,9 +20,9 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import check_random_state
 
 from skcifar._base import TorchEstimator
+from skcifar._jobs import compute
 from skcifar._memory import free_memory
 from skcifar._tasks import Ended, Work, current_work
-from skcifar._training import compute
 
 # Arrays from this size on are shared between tasks.
 _LARGE = 1_000_000

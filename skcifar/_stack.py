@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skcifar._jobs import TrainingJob, TrainingResult
 from skcifar._memory import free_memory, is_out_of_memory
 from skcifar._networks import MultilayerPerceptron
 from skcifar._optimization import ClassificationLoss
 from skcifar._stacked_loss import same
 from skcifar._stacked_networks import Model, Stack, dense_layers
-from skcifar._training import PIECE_ROWS, TrainingJob, TrainingResult, train_alone
+from skcifar._training import PIECE_ROWS, train_alone
 
 # Bytes of weights, gradients and moments of one stack on a CPU: what stays in its cache. 100 units
 # on MNIST in batches of 32 take 12 ms an epoch in stacks of 12 (11 MB), 19 in stacks of 96.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from skcifar._training import Samples, TrainingJob
+from skcifar._batches import Samples
+from skcifar._jobs import TrainingJob
 
 
 @dataclass

@@ -25,19 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skcifar._batches import Batches, Samples
+from skcifar._conductor import Conductor
+from skcifar._jobs import TrainingJob, TrainingResult
 from skcifar._matmul import matrix_product
 from skcifar._optimization import LearningRates
 from skcifar._stacked_loss import Loss, Targets
 from skcifar._stacked_parameters import Optimizer, Parameters
-from skcifar._training import (
-    PIECE_ROWS,
-    Batches,
-    Conductor,
-    Samples,
-    TrainingJob,
-    TrainingResult,
-    detached,
-)
+from skcifar._training import PIECE_ROWS, detached
 
 
 class Model:

@@ -22,11 +22,12 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, check_random_state, column_or_1d, indexable
 
+from skcifar._batches import Samples
+from skcifar._jobs import TrainingJob, TrainingResult
 from skcifar._journal import Journal, as_plain, describe, digest
 from skcifar._optimization import ClassificationLoss
 from skcifar._supervised import SupervisedEstimator, samples_of
 from skcifar._tasks import Study, Task
-from skcifar._training import Samples, TrainingJob, TrainingResult
 
 Split = tuple[NDArray[Any], NDArray[Any]]  # rows to train on, rows to score
 

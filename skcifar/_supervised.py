@@ -18,6 +18,7 @@ from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor, nn
 
 from skcifar._base import TorchEstimator, weights_device
+from skcifar._batches import Samples
 from skcifar._device import (
     Augmentation,
     Generators,
@@ -26,10 +27,11 @@ from skcifar._device import (
     resolve_device,
     resolve_precision,
 )
+from skcifar._jobs import TrainingJob, TrainingResult, compute
 from skcifar._networks import has_batch_norm
 from skcifar._optimization import Recipe
 from skcifar._parameters import CONSTRAINTS
-from skcifar._training import Samples, TrainingJob, TrainingResult, compute, train
+from skcifar._training import train
 
 
 class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):

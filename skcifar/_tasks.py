@@ -22,8 +22,9 @@ import sklearn
 import torch
 from sklearn.pipeline import Pipeline
 
+from skcifar._jobs import MEETING, TrainingJob, TrainingResult
 from skcifar._stack import Outcome
-from skcifar._training import MEETING, TrainingJob, TrainingResult, train_alone
+from skcifar._training import train_alone
 
 # -- what a search sees ----------------------------------------------------------------------------
 

@@ -1,8 +1,4 @@
-"""Training: one loop, over tensors in memory. The only file that imports skorch.
-
-An estimator describes a fit as a `TrainingJob`, which holds everything the fit needs and nothing
-of the estimator; `train` runs it.
-"""
+"""Training: one loop, over batches of tensors. The only file that imports skorch."""
 
 from __future__ import annotations
 
@@ -11,11 +7,9 @@ import dis
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +21,9 @@ from torch import Tensor, nn
 
 from skcifar import _lbfgs
 from skcifar._architectures import Airbench94
-from skcifar._device import (
-    Augmentation,
-    BatchReader,
-    Generators,
-    Precision,
-)
+from skcifar._batches import Batches, Samples
+from skcifar._conductor import Conductor
+from skcifar._jobs import MEETING, TrainingJob, TrainingResult
 from skcifar._lbfgs import LBFGSResult
 from skcifar._memory import memory_kept
 from skcifar._networks import Encoder, MultilayerPerceptron, has_batch_norm, use_generator
@@ -40,7 +31,6 @@ from skcifar._optimization import (
     ClassificationLoss,
     LearningRates,
     Lookahead,
-    Recipe,
     make_optimizer,
     predicted_classes,
     probabilities,
@@ -53,164 +43,6 @@ PIECE_ROWS = 4096
 
 # Layers whose steps are all alike: others may decide anew in each of them.
 _RECORDABLE = ("torch.nn.", "skcifar.")
-
-# -- what a fit is ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Samples(Dataset):
-    """Rows with targets, on the device they are trained on; a data set to skorch's callbacks.
-
-    Attributes
-    ----------
-    rows : tensor of shape (n_samples, n_features)
-        Any dtype; often the caller's own memory, never written to.
-    targets : int64 tensor of shape (n_samples,)
-    weight : tensor of shape (n_samples,) or None
-    index : int64 tensor of shape (n_used,) or None
-        The rows to use; None is all of them.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    weight: Tensor | None = None
-    index: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows if self.index is None else self.index)
-
-    @property
-    def X(self) -> Tensor:  # where skorch's scoring callbacks look
-        return self.rows if self.index is None else self.rows[self.index]
-
-    @property
-    def y(self) -> Tensor:
-        return self.targets if self.index is None else self.targets[self.index]
-
-    def used_weight(self) -> Tensor | None:
-        if self.weight is None or self.index is None:
-            return self.weight
-        return self.weight[self.index]
-
-    def total_weight(self) -> float:
-        weight = self.used_weight()
-        return float(len(self)) if weight is None else float(weight.sum())
-
-
-@dataclass
-class TrainingJob:
-    """One fit, self-contained.
-
-    Attributes
-    ----------
-    module : torch.nn.Module
-        Trained in place, on the reader's device.
-    criterion : torch.nn.Module
-        From outputs, targets, weights (or None) and the sum of weights to a 0-d loss; `row_wise`
-        says whether the rows' losses just add up. A `ClassificationLoss` has accuracies too.
-    sampler : callable or None
-        From targets, batch size, number of batches and a generator to an epoch's batches, as
-        positions in the rows to train on; None takes all rows in turn.
-    augment : Augmentation or None
-        What is done to a batch of images.
-    validation_score : callable or None
-        The monitored score (larger is better) of the module as it is, once an epoch; None takes
-        the accuracy, or with `monitor_loss` the negative loss, on `validation`.
-    only_watched : bool
-        Whether the validation rows decide on nothing: neither rates nor the end.
-    on_epoch_begin, on_epoch_end : callables
-        The latter gets the epoch's row of the history and says whether to stop.
-    state : dict or None
-        What an earlier fit left (`TrainingResult.state`), to go on from.
-    incremental : bool
-        One of many short fits (partial_fit), which nobody expects to converge.
-    evaluation_rows : int
-        Rows of a forward pass without gradients.
-    pause_after : int or None
-        Epoch after which to stop for now: the result holds what a later job goes on from.
-    paused : object or None
-        `TrainingResult.paused` of an earlier job of the same data and recipe, to go on from.
-    """
-
-    module: nn.Module
-    criterion: nn.Module
-    recipe: Recipe
-    reader: BatchReader
-    precision: Precision
-    generators: Generators
-    train: Samples
-    validation: Samples | None = None
-    sampler: Callable[[Tensor, int, int, torch.Generator], list[Tensor]] | None = None
-    augment: Augmentation | None = None
-    monitor_loss: bool = False
-    validation_score: Callable[[], float] | None = None
-    only_watched: bool = False
-    on_epoch_begin: Callable[[], None] = lambda: None
-    on_epoch_end: Callable[[dict], bool] = lambda row: False
-    skorch_callbacks: list = field(default_factory=list)
-    state: dict | None = None
-    incremental: bool = False
-    evaluation_rows: int = 1024
-    verbose: bool = False
-    pause_after: int | None = None
-    paused: Any = None
-
-
-@dataclass
-class TrainingResult:
-    """What came of a `TrainingJob`; the weights are in its module.
-
-    Attributes
-    ----------
-    history : list of dict
-        A row an epoch, without those of earlier fits.
-    best_score : float or None
-        Best monitored validation score, whose weights were restored, with early stopping.
-    state : dict of tensors and numbers
-        Of optimizer, learning rates and generators, with the solver they belong to.
-    n_rows_seen : int
-        Rows trained on, each as often as it was.
-    skorch_callbacks : list
-        As trained.
-    ran_out : bool
-        Whether max_iter ended a training that was to go on until it converges.
-    paused : object or None
-        What a job with `pause_after` left, over or not, for the next one to go on from.
-    """
-
-    history: list[dict]
-    best_score: float | None
-    state: dict
-    n_rows_seen: int
-    skorch_callbacks: list = field(default_factory=list)
-    ran_out: bool = False
-    paused: Any = None
-
-
-class Meeting(Protocol):
-    """Where the fits of one study meet, to be trained together."""
-
-    def train(self, job: TrainingJob) -> TrainingResult:
-        """What `train_alone` does, when the meeting sees fit."""
-
-    def seed(self, seed: int | None) -> int | None:
-        """The seed of a fit whose own is `seed`; None, for both, is one drawn at random."""
-
-    def compute(self, function: Callable[[], Any], what: tuple | None = None) -> Any:
-        """What `function` gives. `what` names it: the address of rows, and what it is of them.
-
-        For rows that fits share it is computed once.
-        """
-
-
-# The meeting that the fits of this thread take part in, if any.
-MEETING: ContextVar[Meeting | None] = ContextVar("MEETING", default=None)
-
-
-def compute(function: Callable[[], Any], what: tuple | None = None) -> Any:
-    """What `function` gives, by way of the meeting if there is one: see `Meeting.compute`."""
-    meeting = MEETING.get()
-    return function() if meeting is None else meeting.compute(function, what)
 
 
 def train(job: TrainingJob) -> TrainingResult:
@@ -263,78 +95,13 @@ class _Stop(Exception):
     """Training is over before max_iter, for one of the reasons it may be."""
 
 
-class Batches:
-    """Batches of near-equal size: 129 rows in batches of 128 are 64 and 65, never 128 and 1.
+@dataclass(frozen=True, eq=False)
+class _Dataset(Samples, Dataset):
+    """Samples that skorch's callbacks read."""
 
-    Yields (rows, targets, weight or None, weight_sum); rows as stored. With `order` each pass
-    draws a new order of the rows, or as many batches as those would be from a job's `sampler`.
-
-    Attributes
-    ----------
-    picked : slice or int64 tensor
-        The rows of the batch that was yielded last, among all that there are.
-    """
-
-    picked: slice | Tensor = slice(0)
-
-    def __init__(
-        self,
-        samples: Samples,
-        batch_size: int,
-        order: torch.Generator | None = None,
-        sampler: Callable[..., list[Tensor]] | None = None,
-    ) -> None:
-        self.samples = samples
-        self.batch_size = batch_size
-        self.order = order
-        self.sampler = sampler
-        n_batches = -(-len(samples) // min(batch_size, len(samples)))
-        bounds = [len(samples) * i // n_batches for i in range(n_batches + 1)]
-        self.sizes = [stop - start for start, stop in pairwise(bounds)]
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
-        samples = self.samples
-        rows, targets, weight = samples.rows, samples.targets, samples.weight
-        index, sizes = self.epoch()
-        stop = 0
-        for size, weight_sum in zip(sizes, self._weight_sums(index, sizes), strict=True):
-            start, stop = stop, stop + size
-            if index is None:
-                part = self.picked = slice(start, stop)
-                batch = rows[part], targets[part], None if weight is None else weight[part]
-            else:
-                # index_select is several times faster than rows[index] for wide uint8 rows
-                picked = self.picked = index[start:stop]
-                batch = (
-                    rows.index_select(0, picked),
-                    targets.index_select(0, picked),
-                    None if weight is None else weight.index_select(0, picked),
-                )
-            yield *batch, weight_sum
-
-    def epoch(self) -> tuple[Tensor | None, list[int]]:
-        """Rows of one pass in their order, None for all as they lie; and the batches' sizes."""
-        samples, index, sizes = self.samples, self.samples.index, self.sizes
-        if self.order is None:
-            return index, sizes
-        if self.sampler is not None:
-            parts = self.sampler(samples.y, self.batch_size, len(self), generator=self.order)
-            order, sizes = torch.cat(parts), [len(part) for part in parts]
-        elif len(self) > 1:
-            order = torch.randperm(len(samples), generator=self.order).to(samples.rows.device)
-        else:  # one batch is read in place
-            return index, sizes
-        return (order if index is None else index[order]), sizes
-
-    def _weight_sums(self, index: Tensor | None, sizes: list[int]) -> list[float]:
-        if self.samples.weight is None:
-            return [float(size) for size in sizes]
-        weight = self.samples.weight if index is None else self.samples.weight[index]
-        # one read-back an epoch, not one a step
-        return torch.stack([part.sum() for part in weight.split(sizes)]).tolist()
+    @classmethod
+    def of(cls, samples: Samples) -> _Dataset:
+        return cls(samples.rows, samples.targets, samples.weight, samples.index)
 
 
 class _Net(NeuralNetClassifier):
@@ -451,7 +218,8 @@ class _Net(NeuralNetClassifier):
         pass  # the estimator did
 
     def get_split_datasets(self, X: Any, y: Any = None, **params: Any) -> tuple:
-        return self.job.train, self.job.validation
+        validation = self.job.validation
+        return _Dataset.of(self.job.train), None if validation is None else _Dataset.of(validation)
 
     def get_dataset(self, X: Any, y: Any = None) -> Any:
         return X
@@ -788,114 +556,6 @@ def _raised_by_statement(error: BaseException) -> bool:
         return False
     instruction = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
     return instruction == dis.opmap["RAISE_VARARGS"]
-
-
-class Conductor:
-    """Watches the loss and the validation score, keeps the best weights, ends the training.
-
-    The rules are those of scikit-learn's MLPClassifier.
-    """
-
-    def __init__(self, job: TrainingJob, rates: LearningRates) -> None:
-        self.job = job
-        self.rates = rates
-        self.shown = job.module
-        self.best_loss = math.inf
-        self.best_score: float | None = None
-        self.best_weights: dict[str, Tensor] | None = None
-        self.epochs_without_improvement = 0
-        self.converged = False
-        self.history: list[dict] = []
-
-    def act_for(self, job: TrainingJob) -> None:
-        """Tell `job`'s callbacks and scorers, who look at its module, of the training."""
-        for name in ("on_epoch_begin", "on_epoch_end", "validation_score"):
-            setattr(self.job, name, getattr(job, name))
-        self.shown = job.module.eval()
-
-    def epoch_over(self, row: dict) -> bool:
-        """Take note of an epoch and tell of it; says whether it was the last."""
-        self._check_finite(row)
-        if self.shown is not self.job.module:  # a training that pauses keeps its own to itself
-            self.shown.load_state_dict(self.job.module.state_dict())
-        if self.job.validation is not None:
-            row["valid_score"] = self.validation_score(row)
-        self.history.append(row)
-        if self.job.verbose:
-            score = f", validation score = {row['valid_score']:.6f}" if "valid_score" in row else ""
-            print(f"Epoch {row['epoch']}, loss = {row['train_loss']:.8f}{score}")
-        improved = self._improved(row)
-        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
-        # callbacks are told before the training ends, whatever ends it
-        stop = self.job.on_epoch_end(row)
-        patience = self.job.recipe.n_iter_no_change
-        ends_early = self.job.recipe.early_stopping or not self.job.recipe.has_fixed_length
-        if ends_early and self.epochs_without_improvement > patience:
-            self.epochs_without_improvement = 0
-            self.converged = not self.rates.lower()
-        # rows that are only looked at do not decide on rates
-        row = {**row, "valid_loss": row["train_loss"]} if self.job.only_watched else row
-        self.rates.after_epoch(row)
-        return stop or self.converged
-
-    def validation_score(self, row: dict) -> float:
-        if self.job.validation_score is not None:
-            return float(self.job.validation_score())
-        return -row["valid_loss"] if self.job.monitor_loss else row["valid_accuracy"]
-
-    def _improved(self, row: dict) -> bool:
-        """Whether the monitored figure beat its best by more than tol; keeps what is best."""
-        recipe = self.job.recipe
-        tol = 0.0 if recipe.has_fixed_length else recipe.tol
-        loss_to_beat, self.best_loss = self.best_loss, min(self.best_loss, row["train_loss"])
-        if not recipe.early_stopping:
-            return row["train_loss"] <= loss_to_beat - tol
-        score = row["valid_score"]
-        score_to_beat = -math.inf if self.best_score is None else self.best_score
-        if score > score_to_beat:
-            self.best_score = score
-            self.best_weights = {k: v.clone() for k, v in self.job.module.state_dict().items()}
-        return score > score_to_beat if tol == 0 else score >= score_to_beat + tol
-
-    def _check_finite(self, row: dict) -> None:
-        if math.isfinite(row["train_loss"]):
-            return
-        recipe = self.job.recipe
-        remedies = ["scale the inputs (normalize=True)", "lower learning_rate_init"]
-        if recipe.clip_grad_norm is None and recipe.clip_grad_value is None:
-            remedies.append("or clip gradients, as with clip_grad_value=1")
-        else:
-            remedies.append("or clip gradients to less")
-        raise ValueError(
-            f"The training loss became {row['train_loss']} in epoch {row['epoch']} at learning "
-            f"rate {row['learning_rate']:g}: training diverged. Remedies: {', '.join(remedies)}."
-        )
-
-    def result(
-        self, job: TrainingJob, optimizer_state: dict[int, dict], n_rows_seen: int, **others: Any
-    ) -> TrainingResult:
-        """What came of the training so far, the best weights in `job`'s module."""
-        if self.best_weights is not None:
-            job.module.load_state_dict(self.best_weights)
-        elif job.module is not self.job.module:
-            job.module.load_state_dict(self.job.module.state_dict())
-        recipe = self.job.recipe
-        state = {
-            "solver": recipe.solver,
-            "optimizer": optimizer_state,
-            "rates": self.rates.state(),
-            "generators": self.job.generators.get_state(),
-        }
-        expected_to_converge = not (recipe.has_fixed_length or self.job.incremental)
-        ran_out = len(self.history) == recipe.max_iter and not self.converged
-        return TrainingResult(
-            history=list(self.history),
-            best_score=self.best_score,
-            state=state,
-            n_rows_seen=n_rows_seen,
-            ran_out=expected_to_converge and ran_out,
-            **others,
-        )
 
 
 class _Notified(Callback):

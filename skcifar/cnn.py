@@ -10,6 +10,7 @@ from sklearn.utils._param_validation import StrOptions
 from torch import nn
 
 from skcifar._architectures import ARCHITECTURES
+from skcifar._batches import Samples
 from skcifar._classifier import TorchClassifier
 from skcifar._convolutional import AUTO_LEARNING_RATE, ConvolutionalEstimator
 from skcifar._optimization import Recipe
@@ -19,7 +20,6 @@ from skcifar._parameters import (
     STOCHASTIC_CONSTRAINTS,
     document_parameters,
 )
-from skcifar._training import Samples
 
 # What "auto" stands for, where the architecture has no recipe of its own.
 _AUTO: dict[str, Any] = {

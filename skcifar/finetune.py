@@ -18,10 +18,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from skcifar._base import TorchEstimator, hidden_widths
+from skcifar._batches import Samples
 from skcifar._classifier import TorchClassifier
 from skcifar._convolutional import AugmentedEstimator
 from skcifar._device import BatchReader, Precision, seeded_construction
 from skcifar._encoder import TorchEncoder
+from skcifar._jobs import TrainingJob, TrainingResult
 from skcifar._networks import ACTIVATIONS, FineTunedNetwork, MultilayerPerceptron, glorot_uniform_
 from skcifar._optimization import Recipe
 from skcifar._parameters import (
@@ -30,7 +32,6 @@ from skcifar._parameters import (
     document_parameters,
     share,
 )
-from skcifar._training import Samples, TrainingJob, TrainingResult
 
 # What the encoder decides.
 _OF_THE_ENCODER = ("normalize", "image_shape", "layout")

@@ -9,10 +9,10 @@ import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
+from skcifar._batches import Samples
 from skcifar._classifier import TorchClassifier
 from skcifar._networks import MultilayerPerceptron
 from skcifar._parameters import document_parameters
-from skcifar._training import Samples
 
 
 @document_parameters(

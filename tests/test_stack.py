@@ -19,8 +19,9 @@ from skcifar import (
     _stacked_networks,
     _stacked_parameters,
 )
+from skcifar._jobs import MEETING
 from skcifar._stack import groups_of, train_group, why_alone
-from skcifar._training import MEETING, train_alone
+from skcifar._training import train_alone
 
 MLP = MLPClassifier((16,), max_iter=10, random_state=0)
 SOFTMAX = SoftmaxRegression(solver="sgd", learning_rate_init=0.01, max_iter=10, random_state=0)

@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from skorch.callbacks import Callback
 
 from skcifar import SoftmaxRegression, TripletEmbedder
-from skcifar._training import Batches
+from skcifar._batches import Batches
 from skcifar.metrics import map_at_r_score, map_at_r_scorer, recall_at_1_scorer
 
 RNG = np.random.default_rng(0)
