@@ -32,6 +32,7 @@ from skcifar._device import (
 )
 from skcifar._jobs import MEETING, compute
 from skcifar._memory import is_out_of_memory
+from skcifar._stored_rows import Rows, StoredRows, is_stored
 
 # Rows of one forward pass in prediction, the most and the least.
 _PREDICTION_ROWS = 1024
@@ -62,28 +63,33 @@ class TorchEstimator(BaseEstimator):
 
     def _validate_rows(
         self, X: Any, y: Any = None, *, reset: bool
-    ) -> tuple[Tensor, Any, tuple[int, int, int] | None]:
+    ) -> tuple[Rows, Any, tuple[int, int, int] | None]:
         """X as rows (n_samples, n_features), checked; y; and the image shape, if X has one.
 
-        A tensor or array is not copied.
+        A tensor or array is not copied, and not read as yet if it is stored elsewhere.
         """
         if isinstance(X, (list, tuple)):
             X = np.asarray(X)
         shape = None
-        if getattr(X, "ndim", 2) > 2:
-            X, shape = self._flatten(X)
+        form = X.source if isinstance(X, StoredRows) else X
+        if len(getattr(form, "shape", ())) > 2:
+            shape = self._shape_of_images(form)
+        if is_stored(X):
+            X = X if isinstance(X, StoredRows) else StoredRows(X)
+        elif shape is not None:
+            X = X.reshape(X.shape[0], math.prod(X.shape[1:]))
         if not reset and shape is not None and shape != self.image_shape_:
             raise ValueError(
                 f"X holds images of shape {shape} (height, width, channels), but "
                 f"{type(self).__name__} was fitted on images of shape {self.image_shape_}."
             )
-        on_device = isinstance(X, Tensor) and X.device.type != "cpu"
+        on_device = isinstance(X, StoredRows) or (isinstance(X, Tensor) and X.device.type != "cpu")
         if isinstance(X, Tensor) and not on_device:
             X = X.detach().float().numpy() if X.dtype == torch.bfloat16 else X.detach().numpy()
         if isinstance(y, Tensor):
             y = y.detach().cpu().numpy()
         if on_device:
-            return self._validate_tensor(X, y, reset=reset), y, shape
+            return self._validate_elsewhere(X, y, reset=reset), y, shape
         if not reset and y is None and self._is_as_expected(X):
             return as_tensor(X), None, shape
         with config_context(assume_finite=get_config()["assume_finite"] or _is_known_finite(X)):
@@ -124,26 +130,27 @@ class TorchEstimator(BaseEstimator):
                 self.__dict__.pop(name, None)
             raise
 
-    def _flatten(self, X: Any) -> tuple[Any, tuple[int, int, int]]:
-        """Images (n, height, width[, channels]), or as `layout` has them, as rows."""
-        if X.ndim > 4:
+    def _shape_of_images(self, X: Any) -> tuple[int, int, int]:
+        """(height, width, channels) of images (n, height, width[, channels]), or as in `layout`."""
+        if len(X.shape) > 4:
             raise ValueError(
-                f"X has {X.ndim} dimensions; expected rows (n_samples, n_features) or images "
+                f"X has {len(X.shape)} dimensions; expected rows (n_samples, n_features) or images "
                 "(n_samples, height, width) or (n_samples, height, width, channels)."
             )
-        if X.ndim == 3:
+        if len(X.shape) == 3:
             height, width, channels = X.shape[1], X.shape[2], 1
         elif self.layout == "HWC":
             height, width, channels = X.shape[1:]
         else:
             channels, height, width = X.shape[1:]
-        return X.reshape(X.shape[0], math.prod(X.shape[1:])), (height, width, channels)
+        return height, width, channels
 
-    def _validate_tensor(self, X: Tensor, y: Any, *, reset: bool) -> Tensor:
-        """validate_data for a tensor that NumPy cannot read, because it lives on a device."""
+    def _validate_elsewhere(self, X: Rows, y: Any, *, reset: bool) -> Rows:
+        """validate_data for what NumPy cannot read, or not at once: on a device, or stored."""
         if X.ndim != 2 or X.shape[0] == 0:
             raise ValueError(f"X has shape {tuple(X.shape)}; expected (n_samples, n_features).")
-        if X.is_floating_point() and not bool(torch.isfinite(X).all()):
+        # of stored rows each is looked at when it is read
+        if isinstance(X, Tensor) and X.is_floating_point() and not bool(torch.isfinite(X).all()):
             raise ValueError(f"Input X of {type(self).__name__} contains NaN or infinity.")
         if reset:
             self.n_features_in_ = X.shape[1]
@@ -155,10 +162,12 @@ class TorchEstimator(BaseEstimator):
             )
         if y is not None:
             check_consistent_length(X, y)
+        if isinstance(X, StoredRows):
+            return X
         return X.detach().float() if X.dtype == torch.bfloat16 else X.detach()
 
     def _resolve_image_shape(
-        self, rows: Tensor, given_shape: tuple[int, int, int] | None
+        self, rows: Rows, given_shape: tuple[int, int, int] | None
     ) -> tuple[int, int, int]:
         """(height, width, channels) of the images, from the parameter or else from X."""
         n_features = rows.shape[1]
@@ -181,7 +190,7 @@ class TorchEstimator(BaseEstimator):
         height, width, channels = map(int, shape)
         return height, width, channels
 
-    def _guess_image_shape(self, rows: Tensor) -> tuple[int, int, int]:
+    def _guess_image_shape(self, rows: Rows) -> tuple[int, int, int]:
         """Of flat rows: square images to a network of convolutions, where the length allows."""
         n_features = rows.shape[1]
         square = square_image(n_features) if self._convolutional else None
@@ -274,7 +283,7 @@ class TorchEstimator(BaseEstimator):
         return compute(lambda: self._outputs_of(rows, dtype))
 
     def _outputs_of(
-        self, rows: Tensor, dtype: torch.dtype, report: Callable[[int], None] | None = None
+        self, rows: Rows, dtype: torch.dtype, report: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Outputs for rows that are validated; batches are halved where memory does not suffice."""
         device = weights_device(self.module_)

@@ -65,6 +65,8 @@ class TorchClassifier(ClassifierMixin, SupervisedEstimator):
         X : array-like or tensor of shape (n_samples, n_features), (n_samples, height, width) or \
                 (n_samples, height, width, channels)
             Images, as rows or as images. A tensor on the device of the fit is not copied.
+            A memory-mapped file of 1 GB or more, and an array that only gives slices (HDF5, Zarr),
+            is read while it is trained on, and not loaded.
         y : array-like of shape (n_samples,)
             Labels: strings, integers or booleans.
         sample_weight : array-like of shape (n_samples,), default=None

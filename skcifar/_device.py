@@ -201,7 +201,7 @@ def _writeable_view(array: np.ndarray) -> np.ndarray:
 
 
 def pixel_statistics(
-    rows: Tensor,
+    rows: Any,
     image_shape: tuple[int, int, int],
     layout: str,
     index: Tensor | None,
@@ -214,7 +214,7 @@ def pixel_statistics(
 
     Parameters
     ----------
-    rows : tensor of shape (n_samples, n_features)
+    rows : tensor or StoredRows of shape (n_samples, n_features)
     image_shape : (height, width, channels)
     layout : {"HWC", "CHW"}
         Order within a row.
@@ -238,7 +238,7 @@ def pixel_statistics(
     # row's mean, so that their squares do not cancel.
     exact = rows.dtype == torch.uint8 and weight is None
     dtype = torch.float32 if exact else torch.float64
-    origin = 0.0 if exact else float(rows[0].to(torch.float64).mean())
+    origin = 0.0 if exact else float(rows[:1].to(torch.float64).mean())
     for start in range(0, n_used, _BLOCK_ROWS):
         picked: slice | Tensor = slice(start, min(start + _BLOCK_ROWS, n_used))
         if index is not None:

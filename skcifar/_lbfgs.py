@@ -21,6 +21,8 @@ import scipy.optimize
 import torch
 from torch import Tensor, nn
 
+from skcifar._stored_rows import Rows
+
 __all__ = [
     "LBFGSResult",
     "SoftmaxOptimum",
@@ -311,7 +313,7 @@ def _write_parameters(parameters: list[nn.Parameter], theta: np.ndarray) -> None
 
 @torch.no_grad()
 def minimize_softmax(
-    rows: Tensor,
+    rows: Rows,
     targets: Tensor,
     *,
     n_outputs: int,
@@ -344,7 +346,7 @@ def minimize_softmax(
 
     Parameters
     ----------
-    rows : Tensor of shape (n_rows, n_features)
+    rows : Tensor or StoredRows of shape (n_rows, n_features)
         Features of any real dtype on any device; cast chunk by chunk.
     targets : Tensor of shape (n_rows,)
         Class indices, int64; for ``n_outputs=1`` 0 or 1.
@@ -431,14 +433,14 @@ class _Rows:
 
     def __init__(
         self,
-        rows: Tensor,
+        rows: Rows,
         targets: Tensor,
         sample_weight: Tensor | None,
         index: Tensor | None,
         scale: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        device = rows.device
+        device = self.device = rows.device if isinstance(rows, Tensor) else targets.device
         self.rows, self.dtype = rows, dtype
         self.index = None if index is None else index.to(device)
         pick = slice(None) if self.index is None else self.index
@@ -476,7 +478,7 @@ class _Rows:
         if self.n_samples > _GRAM_ROWS:
             generator = torch.Generator().manual_seed(0)
             order = torch.randperm(self.n_samples, generator=generator)[:_GRAM_ROWS]
-            self.sample = order.sort().values.to(self.rows.device)
+            self.sample = order.sort().values.to(self.device)
         total = torch.zeros_like(self.centre)
         square = torch.zeros_like(self.centre)
         mass = 0.0
@@ -496,7 +498,7 @@ class _Rows:
     def covariance(self) -> Tensor:
         """Weighted covariance of the scaled features about the centre, over the sample."""
         d = self.n_features
-        gram = torch.zeros(d, d, dtype=self.dtype, device=self.rows.device)
+        gram = torch.zeros(d, d, dtype=self.dtype, device=self.device)
         mass = 0.0
         root_scale = self.scale.reciprocal().to(self.dtype)
         shift = (self.centre * root_scale).to(self.dtype)
@@ -552,7 +554,7 @@ class _SoftmaxProblem:
     def unpack(self, theta: np.ndarray, factor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Map the solver's vector to weights (K, d) and intercept (K,)."""
         split = self.n_outputs * self.data.n_features
-        flat = torch.from_numpy(theta).to(self.data.rows.device)
+        flat = torch.from_numpy(theta).to(self.data.device)
         weight = flat[:split].view(self.n_outputs, -1).to(self.data.dtype)
         if factor is not None:
             weight = torch.linalg.solve_triangular(factor, weight, upper=False, left=False)
@@ -560,7 +562,7 @@ class _SoftmaxProblem:
 
     def pack(self, weight: np.ndarray, bias: np.ndarray, factor: Tensor | None) -> np.ndarray:
         """Map weights (K, d) and intercept (K,) to the solver's vector."""
-        moved = torch.from_numpy(weight).to(self.data.rows.device, self.data.dtype)
+        moved = torch.from_numpy(weight).to(self.data.device, self.data.dtype)
         if factor is not None:
             moved = moved @ factor
         return np.concatenate([moved.double().cpu().numpy().ravel(), bias * self.curvature**0.5])

@@ -394,5 +394,5 @@ class _State:
 def _row_bytes(job: TrainingJob) -> dict[int, int]:
     """Memory of a job's rows, by where it begins: jobs may share it."""
     samples = [job.train] if job.validation is None else [job.train, job.validation]
-    storages = [s.rows.untyped_storage() for s in samples]
+    storages = [s.rows.untyped_storage() for s in samples if isinstance(s.rows, torch.Tensor)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}

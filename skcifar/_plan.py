@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from skcifar import _stack
 from skcifar._jobs import TrainingJob
@@ -129,7 +129,8 @@ def _widths(module: nn.Module) -> str:
 
 def _estimated_bytes(group: list[TrainingJob]) -> int:
     """Rows, each array once; weights, gradients and two moments; activations and theirs."""
-    tensors = [s.rows for job in group for s in (job.train, job.validation) if s is not None]
+    samples = [s for job in group for s in (job.train, job.validation) if s is not None]
+    tensors = [s.rows for s in samples if isinstance(s.rows, Tensor)]  # others stay in their files
     storages = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}
     total = sum(storages.values())
     for job in group:

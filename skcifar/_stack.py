@@ -60,6 +60,8 @@ def why_alone(job: TrainingJob) -> str | None:
         return f"{type(job.module).__name__} is no stack of dense layers: it fills the machine"
     if not isinstance(job.criterion, ClassificationLoss) or job.sampler or job.augment:
         return "its loss or its batches are of its own kind"
+    if job.train.is_stored:
+        return "its rows are read from where they are stored"
     if job.skorch_callbacks:
         return "skorch_callbacks want a net of their own"
     if callable(job.recipe.learning_rate):
@@ -145,7 +147,8 @@ def _sees_the_same(job: TrainingJob, other: TrainingJob) -> bool:
         if not same(job.validation.weight, other.validation.weight):
             return False
         pairs.append((job.validation, other.validation))
-    return all(same(a.index, b.index) and same(a.rows, b.rows) for a, b in pairs)
+    # none of them are stored rows, which have no place in a stack
+    return all(same(a.index, b.index) and same(a.rows, b.rows) for a, b in pairs)  # type: ignore[arg-type]
 
 
 def _statistics(job: TrainingJob) -> tuple[Tensor | None, Tensor | None]:

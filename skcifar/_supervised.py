@@ -31,6 +31,7 @@ from skcifar._jobs import TrainingJob, TrainingResult, compute
 from skcifar._networks import has_batch_norm
 from skcifar._optimization import Recipe
 from skcifar._parameters import CONSTRAINTS
+from skcifar._stored_rows import Rows, StoredRows, on_device
 from skcifar._training import train
 
 
@@ -121,6 +122,8 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         held_out = None
         if self.early_stopping and X_val is None and y_val is None:
             index, held_out = self._split(index, codes, attributes["_split_seed"])
+            if isinstance(rows, StoredRows):  # which lie in this order
+                index, held_out = np.sort(index), np.sort(held_out)
         attributes["dtype_"] = self.dtype_ if going_on else self._precision(rows, device)
         samples = samples_of(rows, codes, weight, index, device, attributes["dtype_"])
         if going_on:
@@ -259,7 +262,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
 
     # -- rows --------------------------------------------------------------------------------------
 
-    def _precision(self, rows: Tensor, device: torch.device) -> str:
+    def _precision(self, rows: Rows, device: torch.device) -> str:
         return resolve_precision(
             self.precision, device, rows.dtype, convolutional=self._convolutional
         ).name
@@ -281,16 +284,17 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         if normalize == "auto":
             rows = samples.rows
             normalize = not rows.is_floating_point() and (
-                rows.dtype == torch.uint8 or (int(rows.min()) >= 0 and int(rows.max()) <= 255)
+                rows.dtype == torch.uint8 or _are_pixels(rows)
             )
         mean = scale = None
         if normalize:
             rows, index, weight = samples.rows, samples.index, samples.weight
-            form = (rows.shape, rows.stride(), rows.dtype)
-            what = (rows.data_ptr(), "statistics", *form, image_shape, self.layout)
+            what = None
+            if isinstance(rows, Tensor) and index is None and weight is None:
+                form = (rows.shape, rows.stride(), rows.dtype)
+                what = (rows.data_ptr(), "statistics", *form, image_shape, self.layout)
             mean, scale = compute(
-                lambda: pixel_statistics(rows, image_shape, self.layout, index, weight),
-                what if index is None and weight is None else None,
+                lambda: pixel_statistics(rows, image_shape, self.layout, index, weight), what
             )
         return {"image_shape_": image_shape, "mean_": mean, "scale_": scale}
 
@@ -455,8 +459,13 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         return lambda: scorer(view, rows, labels, **params)
 
 
+def _are_pixels(rows: Rows) -> bool:
+    least, greatest = map(int, rows.aminmax())
+    return least >= 0 and greatest <= 255
+
+
 def samples_of(
-    rows: Tensor,
+    rows: Rows,
     codes: np.ndarray,
     weight: np.ndarray | None,
     index: np.ndarray | None,
@@ -467,7 +476,7 @@ def samples_of(
         return None if array is None else torch.as_tensor(array, dtype=to, device=device)
 
     return Samples(
-        rows.to(device),
+        on_device(rows, device),
         torch.as_tensor(codes, dtype=torch.int64, device=device),
         moved(weight, Precision(dtype).weights),
         moved(index, torch.int64),

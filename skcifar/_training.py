@@ -228,7 +228,7 @@ class _Net(NeuralNetClassifier):
         if training:
             job = self.job
             order = job.generators.order if job.recipe.shuffle else None
-            return Batches(dataset, job.recipe.batch_size, order, job.sampler)
+            return Batches(dataset, job.recipe.batch_size, order, job.sampler, in_pieces=True)
         if not isinstance(dataset, Samples):  # rows that a callback came with
             rows = torch.as_tensor(dataset)
             dataset = Samples(rows, rows.new_zeros(len(rows), dtype=torch.int64))
@@ -293,6 +293,7 @@ class _Net(NeuralNetClassifier):
         return (
             isinstance(self.criterion_, ClassificationLoss)
             and job.train.weight is None
+            and not job.train.is_stored
             and job.sampler is None
             and job.precision.weights == torch.float32
             and not callable(job.recipe.learning_rate)
@@ -664,7 +665,7 @@ def _as_array(parameter: Tensor) -> np.ndarray:
 def _minimize_any(net: _Net, on_iteration: Callable[[float], bool]) -> LBFGSResult:
     """As scikit-learn's MLPClassifier(solver="lbfgs")."""
     recipe, samples = net.job.recipe, net.job.train
-    ((rows, targets, weight, weight_sum),) = Batches(samples, len(samples))
+    ((rows, targets, weight, weight_sum),) = Batches(samples, len(samples), in_pieces=True)
     strength = recipe.alpha / weight_sum + recipe.weight_decay
 
     def closure() -> float:

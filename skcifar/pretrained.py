@@ -31,6 +31,7 @@ from skcifar._encoder import TorchEncoder
 from skcifar._networks import Encoder
 from skcifar._parameters import CONSTRAINTS, document_parameters
 from skcifar._row_cache import RowCache
+from skcifar._stored_rows import Rows
 
 # Of ImageNet's red, green and blue, in shares of the brightest; as torchvision's weights want.
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
@@ -292,13 +293,13 @@ class PretrainedFeatures(TorchEncoder):
             )
         return fetch_checkpoint(self.backbone, self.data_home, verbose=bool(self.verbose))
 
-    def _count_features(self, attributes: dict[str, Any], rows: Tensor) -> int:
+    def _count_features(self, attributes: dict[str, Any], rows: Rows) -> int:
         view = self._view(attributes)
         return view._outputs_of(rows[:1], torch.float32).shape[1]
 
     # -- images ------------------------------------------------------------------------------------
 
-    def _guess_image_shape(self, rows: Tensor) -> tuple[int, int, int]:
+    def _guess_image_shape(self, rows: Rows) -> tuple[int, int, int]:
         square = square_image(rows.shape[1])
         if square is not None and isinstance(self.backbone, str):
             return square  # no guess that wants a warning: ImageNet's networks read images only
@@ -323,7 +324,7 @@ class PretrainedFeatures(TorchEncoder):
             )
 
     def _pixel_statistics(
-        self, rows: Tensor, n_channels: int
+        self, rows: Rows, n_channels: int
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """ImageNet's mean and standard deviation, in units of the rows."""
         normalize = self.normalize
@@ -355,19 +356,25 @@ class PretrainedFeatures(TorchEncoder):
 
     # -- features ----------------------------------------------------------------------------------
 
-    def _features(self, rows: Tensor, dtype: torch.dtype) -> np.ndarray:
+    def _features(self, rows: Rows, dtype: torch.dtype) -> np.ndarray:
         report = _Report() if self.verbose else None
         if self.memory is None:
             features = self._outputs_of(rows, dtype, report)
-            if report is not None:
-                report.tell()
-            return features
+        else:
+            parts = [slice(None)] if isinstance(rows, Tensor) else rows.in_turn()
+            features = np.concatenate([self._kept_features(rows[p], report) for p in parts])
+        if report is not None:
+            report.tell()
+        return features.astype(np.float64 if dtype == torch.float64 else np.float32, copy=False)
+
+    def _kept_features(self, rows: Tensor, report: _Report | None) -> np.ndarray:
+        """Features out of the store, or computed and put there."""
         stored = torch.float64 if self.dtype_ == "float64" else torch.float32
 
         def compute(positions: np.ndarray) -> np.ndarray:
             return self._outputs_of(rows[torch.as_tensor(positions)], stored, report)
 
-        features = RowCache(self.memory, self.cache_size).compute(
+        return RowCache(self.memory, self.cache_size).compute(
             rows.cpu().numpy(),
             self._namespace(),
             compute,
@@ -375,9 +382,6 @@ class PretrainedFeatures(TorchEncoder):
             dtype=np.float64 if stored == torch.float64 else np.float32,
             batch_size=self._rows_stored_at_once(stored.itemsize),
         )
-        if report is not None:
-            report.tell()
-        return features.astype(np.float64 if dtype == torch.float64 else np.float32, copy=False)
 
     def _rows_stored_at_once(self, n_bytes: int) -> int:
         """Few enough that they fit, several times, into the store and into memory."""

@@ -288,6 +288,8 @@ class TripletEmbedder(TorchEncoder, ConvolutionalEstimator):
         X : array-like or tensor of shape (n_samples, n_features), (n_samples, height, width) or \
                 (n_samples, height, width, channels)
             Images, as rows or as images. A tensor on the device of the fit is not copied.
+            A memory-mapped file of 1 GB or more, and an array that only gives slices (HDF5, Zarr),
+            is read while it is trained on, and not loaded.
         y : array-like of shape (n_samples,)
             Labels: strings, integers or booleans, of two classes at least.
         X_val : array-like or tensor of the same form as X, default=None

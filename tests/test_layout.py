@@ -23,6 +23,7 @@ PARTS = {
 ROWS = [
     ["_provenance", "_image_folder", "_fitted", "_memory"],
     ["_device"],
+    ["_stored_rows"],
     ["_matmul"],
     ["_networks"],
     ["_architectures"],
