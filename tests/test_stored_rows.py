@@ -1,5 +1,6 @@
 """Rows that are read where they are stored: equal to those in memory, and never all at once."""
 
+import os
 import threading
 from collections import Counter
 
@@ -135,6 +136,17 @@ def test__stored_rows_of_any_dtype__are_as_in_memory(dtype, digits):
     assert model.dtype_ == expected.dtype_
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "uint16", ">i4", "float32"])
+@pytest.mark.usefixtures("every_memmap_stored", "small_windows")
+def test__part_of_a_file__is_read_as_slices_are(dtype, digits, tmp_path):
+    X, y = digits[0].astype(dtype), digits[1]
+    part = slice(301, 1500)
+    stored = stored_file(X.reshape(-1, 8, 8), tmp_path / "X.npy")[part]
+    model = fitted("mlp", stored, y[part], early_stopping=True)
+    expected = fitted("mlp", Sliced(X.reshape(-1, 8, 8)[part]), y[part], early_stopping=True)
+    np.testing.assert_array_equal(model.decision_function(X), expected.decision_function(X))
+
+
 @pytest.mark.parametrize("name", ["softmax", "mlp-full", "mlp-lbfgs"])
 @pytest.mark.usefixtures("small_windows")
 def test__full_batches__are_equal_for_any_number_of_windows(name, digits):
@@ -207,6 +219,26 @@ def test__window__is_read_by_another_thread_while_one_is_trained_on(digits, smal
     fitted("mlp", source, y, normalize=False)
     assert source.times["skcifar-rows"] > 2 * 9
     assert not [t for t in threading.enumerate() if t.name.startswith("skcifar-rows")]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system reads no files ahead")
+@pytest.mark.usefixtures("every_memmap_stored", "small_windows")
+def test__mapped_file__is_read_ahead_by_the_blocks_of_each_window(digits, tmp_path, monkeypatch):
+    X, y = digits
+    asked = []
+    stored = stored_file(X, tmp_path / "X.npy")[100:]
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length))
+    )
+    fitted("mlp", stored, y[100:], max_iter=1)
+    header = (tmp_path / "X.npy").stat().st_size - X.nbytes
+    in_rows = [(start - header) / N_FEATURES for start, _ in asked]
+    assert all(row == int(row) and 100 <= row for row in in_rows)
+    assert sum(length for _, length in asked) <= 1.2 * stored.nbytes
+    rows = {int(row) + i for row, (_, length) in zip(in_rows, asked, strict=True)
+            for i in range(length // N_FEATURES)}  # fmt: skip
+    assert rows >= set(range(100, len(X)))
+    assert max(length for _, length in asked) <= 200 * N_FEATURES
 
 
 # -- the order of a pass ---------------------------------------------------------------------------
