@@ -83,12 +83,12 @@ class TorchEstimator(BaseEstimator):
                 f"X holds images of shape {shape} (height, width, channels), but "
                 f"{type(self).__name__} was fitted on images of shape {self.image_shape_}."
             )
-        on_device = isinstance(X, StoredRows) or (isinstance(X, Tensor) and X.device.type != "cpu")
-        if isinstance(X, Tensor) and not on_device:
+        elsewhere = isinstance(X, StoredRows) or (isinstance(X, Tensor) and X.device.type != "cpu")
+        if isinstance(X, Tensor) and not elsewhere:
             X = X.detach().float().numpy() if X.dtype == torch.bfloat16 else X.detach().numpy()
         if isinstance(y, Tensor):
             y = y.detach().cpu().numpy()
-        if on_device:
+        if elsewhere:
             return self._validate_elsewhere(X, y, reset=reset), y, shape
         if not reset and y is None and self._is_as_expected(X):
             return as_tensor(X), None, shape
