@@ -230,6 +230,7 @@ class _Slot:
         if self.on_cuda:
             self.stream = torch.cuda.Stream(device)
             self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
+            self.rows.record_stream(self.stream)  # not given to others while a copy is under way
 
     def fill(self, rows: StoredRows, part: slice | Tensor) -> tuple[int, Tensor | None]:
         """In the reading thread: the next part, on its way to the device."""
