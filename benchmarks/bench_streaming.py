@@ -26,7 +26,7 @@ gpu_streaming
     python benchmarks/bench_streaming.py [--only ROW,...] [--check] [--repeats N] [--n-images N]
         [--folder DIR] [--output DIR]
 
-takes 10 minutes on two cores, 10 GB of disk, and as much memory for the cache.
+takes 8 minutes on two cores, 10 GB of disk, and as much memory for the cache.
 """
 
 from __future__ import annotations

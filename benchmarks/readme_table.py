@@ -124,6 +124,11 @@ SPEED = [
         "scikit-learn's `LogisticRegression` / `MLPClassifier`",
         "predict:throughput_softmax_scikit_learn predict:throughput_mlp_scikit_learn",
     ),
+    (
+        "`fit` from a memory-mapped file: softmax regression / 200 hidden units / small CNN",
+        "the same rows in memory",
+        "streaming:throughput_softmax_sgd streaming:throughput_mlp streaming:throughput_cnn",
+    ),
     ("a grid of 27 fits, 32 units, MNIST-10k, on a GPU", "skorch, one by one", "sweep:gpu_27"),
 ]
 
