@@ -1,6 +1,7 @@
 """Memory: fifty fits leave no more behind than one does; what is free, and what is kept."""
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -147,7 +148,39 @@ with _memory.memory_kept(torch.device("cpu")), _memory._keeping_lock:
     assert output.split() == ["0", "1"]
 
 
-@pytest.mark.parametrize("variable", ["SKCIFAR_KEEP_MEMORY", "MALLOC_TRIM_THRESHOLD_"])
+@pytest.mark.parametrize(
+    "variable",
+    [{"SKCIFAR_KEEP_MEMORY": "0"}, {"GLIBC_TUNABLES": "glibc.malloc.top_pad=1"}],
+    ids=str,
+)
 def test__environment__can_decline_to_keep_memory(variable, monkeypatch):
-    monkeypatch.setenv(variable, "0")
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
     assert _glibc.__wrapped__() is None
+
+
+@pytest.mark.parametrize("threshold", [None, 65536])
+def test__malloc__goes_back_to_the_settings_of_the_environment(threshold):
+    if _glibc() is None:
+        pytest.skip("needs glibc")
+    program = """
+import torch
+from skcifar._memory import _resident, memory_kept
+
+before = _resident()
+with memory_kept(torch.device("cpu")):
+    torch.ones(25_000_000)  # 100 MB
+    print(_resident() - before)
+print(_resident() - before)
+parts = [torch.ones(1_000_000) for _ in range(25)]
+del parts
+print(_resident() - before)
+"""
+    settings = {} if threshold is None else {"MALLOC_TRIM_THRESHOLD_": str(threshold)}
+    output = subprocess.check_output(
+        [sys.executable, "-c", program], env=os.environ | settings, text=True, timeout=60
+    )
+    within, after, again = map(int, output.split())
+    assert within > 90e6
+    assert (min(after, again) > 90e6) == (threshold is None)
+    assert (max(after, again) < 30e6) == (threshold is not None)
