@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from sklearn import config_context, get_config
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, get_tags
 from sklearn.utils.validation import (
     check_consistent_length,
     check_is_fitted,
@@ -148,7 +148,15 @@ class TorchEstimator(BaseEstimator):
     def _validate_elsewhere(self, X: Rows, y: Any, *, reset: bool) -> Rows:
         """validate_data for what NumPy cannot read, or not at once: on a device, or stored."""
         if X.ndim != 2 or X.shape[0] == 0:
-            raise ValueError(f"X has shape {tuple(X.shape)}; expected (n_samples, n_features).")
+            raise ValueError(
+                f"X has shape {tuple(X.shape)}; expected (n_samples, n_features), and one sample "
+                "at least."
+            )
+        if y is None and reset and get_tags(self).target_tags.required:
+            raise ValueError(
+                f"This {type(self).__name__} estimator requires y to be passed, but the target y "
+                "is None."
+            )
         # of stored rows each is looked at when it is read
         if isinstance(X, Tensor) and X.is_floating_point() and not bool(torch.isfinite(X).all()):
             raise ValueError(f"Input X of {type(self).__name__} contains NaN or infinity.")

@@ -68,8 +68,8 @@ class Batches:
     Yields (rows, targets, weight or None, weight_sum); rows in their own dtype. With `order` each
     pass draws a new order of the rows, or as many batches as those would be from a job's `sampler`.
 
-    With `in_pieces` the caller reads a batch piece by piece: then a single one of stored rows that
-    is larger than a window comes unread.
+    With `in_pieces` the caller reads a batch piece by piece: then one of stored rows that is larger
+    than a window comes unread.
 
     Attributes
     ----------
@@ -100,7 +100,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor | None, float]]:
         targets, weight = self.samples.targets, self.samples.weight
         index, sizes = self.epoch()
         rows = self._stored_rows(index, sizes) if self.samples.is_stored else None
@@ -125,8 +125,9 @@ class Batches:
         """The rows of each batch, read in windows of whole batches."""
         rows = self.samples.rows
         assert isinstance(rows, StoredRows)
-        if self.in_pieces and len(sizes) == 1 and sizes[0] > rows.window_rows:
-            yield rows if index is None else rows.at(index)
+        if self.in_pieces and max(sizes) > rows.window_rows:
+            places = torch.arange(len(rows)) if index is None else index
+            yield from map(rows.at, places.split(sizes))
             return
         windows = _windows(sizes, rows.window_rows)
         bounds = [0, *accumulate(sum(window) for window in windows)]

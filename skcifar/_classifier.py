@@ -20,6 +20,7 @@ from skcifar._device import Generators, Precision
 from skcifar._jobs import compute
 from skcifar._networks import Step, hidden_steps
 from skcifar._optimization import ClassificationLoss
+from skcifar._stored_rows import StoredRows, is_stored
 from skcifar._supervised import SupervisedEstimator
 
 
@@ -254,6 +255,10 @@ class TorchClassifier(ClassifierMixin, SupervisedEstimator):
         y : ndarray of shape (n_samples,)
             Labels out of `classes_`.
         """
+        if is_stored(X):  # their outputs may be more than memory holds
+            rows, _, _ = self._validate_rows(X, reset=False)
+            assert isinstance(rows, StoredRows)
+            return np.concatenate([self.predict(rows[part]) for part in rows.in_turn()])
         outputs = self.decision_function(X)
         codes = (outputs > 0).astype(np.intp) if outputs.ndim == 1 else outputs.argmax(1)
         return self.classes_[codes]

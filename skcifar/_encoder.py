@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -37,7 +38,8 @@ class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstim
         Returns
         -------
         features : ndarray of shape (n_samples, n_features_out)
-            Float64 for float64 images, else float32; or `out`.
+            Float64 for float64 images, else float32; or `out`, unless `set_output` asks for a
+            DataFrame of it.
 
         Raises
         ------
@@ -47,19 +49,14 @@ class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstim
         check_is_fitted(self)
         rows, _, _ = self._validate_rows(X, reset=False)
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        if out is None:
-            return self._features(rows, dtype)
-        shape = (len(rows), self._n_features_out)
-        if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype.kind != "f":
-            given = f"an array of {out.dtype}, {out.shape}" if isinstance(out, np.ndarray) else out
-            raise ValueError(f"out is {given}; expected an array of floats of shape {shape}.")
-        for start in range(0, len(rows), _ROWS_WRITTEN_AT_ONCE):
-            part = slice(start, start + _ROWS_WRITTEN_AT_ONCE)
-            out[part] = self._features(rows[part], dtype)
-        return out
+        if out is not None:
+            _check_writable(out, (len(rows), self._n_features_out))
+        return self._features(rows, dtype, out)
 
-    def _features(self, rows: Rows, dtype: torch.dtype) -> np.ndarray:
-        return self._outputs_of(rows, dtype)
+    def _features(
+        self, rows: Rows, dtype: torch.dtype, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        return into(out, rows, lambda part: self._outputs_of(part, dtype))
 
     def _with_weights_of(self, trained: Any) -> Self:
         """This encoder with the weights, precision and device of a trained `FineTunedNetwork`."""
@@ -70,3 +67,24 @@ class TorchEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, TorchEstim
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+
+def into(out: np.ndarray | None, rows: Rows, compute: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """What is computed of the rows: of all at once, or in parts that go into `out`."""
+    if out is None:
+        return compute(rows)
+    for start in range(0, len(rows), _ROWS_WRITTEN_AT_ONCE):
+        part = slice(start, start + _ROWS_WRITTEN_AT_ONCE)
+        out[part] = compute(rows[part])
+    return out
+
+
+def _check_writable(out: Any, shape: tuple[int, int]) -> None:
+    given = type(out).__name__
+    if isinstance(out, np.ndarray):
+        given = f"{given} of {out.dtype} and shape {out.shape}"
+        if not out.flags.writeable:
+            given = f"a read-only {given}"
+        elif out.shape == shape and out.dtype.kind == "f":
+            return
+    raise ValueError(f"out is {given}; expected a writable array of floats of shape {shape}.")

@@ -25,7 +25,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int:
     """Bytes of a device's memory that are free; a guess where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # what torch has in reserve is free as well
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         # files that the system keeps in memory count as used: half of it all is never too much
@@ -97,7 +99,8 @@ def _end_to_keep(libc: Any) -> None:
         _n_keeping = max(0, _n_keeping - 1)
         if _n_keeping == 0:
             _settle(libc)
-            if _resident() > _resident_before + _setting("TRIM_THRESHOLD", _MOST_IDLE):
+            most_idle = _setting("TRIM_THRESHOLD", _MOST_IDLE)  # -1 is all there is
+            if most_idle >= 0 and _resident() > _resident_before + most_idle:
                 libc.malloc_trim(0)
 
 
@@ -115,7 +118,7 @@ def _settle(libc: Any) -> None:
 def _setting(name: str, otherwise: int) -> int:
     """A setting of malloc's in the environment; Dask, for one, has a trim threshold in workers."""
     try:
-        return int(os.environ.get(_SETTING.format(name), ""))
+        return min(int(os.environ.get(_SETTING.format(name), ""), 0), 2**31 - 1)
     except ValueError:
         return otherwise
 

@@ -188,7 +188,7 @@ def _truncated(job: TrainingJob, n_steps: int) -> TrainingJob:
     samples = job.train
     n_rows = min(len(samples), n_steps * _rows_of_a_step(job))
     # from all over, since some samplers need several classes
-    index = torch.linspace(0, len(samples) - 1, n_rows, device=samples.rows.device).long()
+    index = torch.linspace(0, len(samples) - 1, n_rows, device=samples.targets.device).long()
     if samples.index is not None:
         index = samples.index[index]
     return replace(

@@ -60,7 +60,7 @@ def why_alone(job: TrainingJob) -> str | None:
         return f"{type(job.module).__name__} is no stack of dense layers: it fills the machine"
     if not isinstance(job.criterion, ClassificationLoss) or job.sampler or job.augment:
         return "its loss or its batches are of its own kind"
-    if job.train.is_stored:
+    if job.train.is_stored or (job.validation is not None and job.validation.is_stored):
         return "its rows are read from where they are stored"
     if job.skorch_callbacks:
         return "skorch_callbacks want a net of their own"

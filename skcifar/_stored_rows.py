@@ -11,6 +11,8 @@ busy, a perceptron of 200 units at 0.81.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import mmap
 import os
@@ -67,13 +69,18 @@ class StoredRows:
     device = torch.device("cpu")
 
     def __init__(self, source: Any, positions: np.ndarray | None = None) -> None:
+        # of rows that a GPU cannot hold: any is read as quickly as the next
+        self._is_in_memory = isinstance(source, Tensor)
         self.source = source.numpy() if isinstance(source, Tensor) else source
         self.positions = positions
         n_rows = source.shape[0] if positions is None else len(positions)
         self.shape = torch.Size((n_rows, math.prod(source.shape[1:])))
         self.dtype = as_tensor(np.empty(0, self.source.dtype)).dtype
-        self._checks = self.dtype.is_floating_point and not get_config()["assume_finite"]
-        self._file = None if self._checks else _MappedFile.of(self.source)
+        # of the source's rows, which have been found finite; None where there is nothing to find
+        self._checked: np.ndarray | None = None
+        if self.dtype.is_floating_point and not get_config()["assume_finite"]:
+            self._checked = np.zeros(source.shape[0], dtype=bool)
+        self._file = _MappedFile.of(self.source)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -91,22 +98,36 @@ class StoredRows:
 
     def at(self, positions: Tensor) -> StoredRows:
         """Some of the rows, not read as yet."""
-        return StoredRows(self.source, self._of_source(positions.cpu().numpy()))
+        rows = copy.copy(self)
+        rows.positions = self._of_source(positions.cpu().numpy())
+        rows.shape = torch.Size((len(positions), self.shape[1]))
+        return rows
 
     def reshape(self, *shape: int) -> StoredRows:
         """The rows as images (-1, ...), if they do not lie as images anyway."""
         if len(self.source.shape) > 2:
             return self
-        return StoredRows(self.source.reshape(shape), self.positions)
+        rows = copy.copy(self)
+        rows.source = self.source.reshape(shape)
+        return rows
 
-    def __getitem__(self, key: slice | Tensor) -> Tensor:
-        """Rows as a tensor; those of a slice may be the file's own memory, to be read only."""
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self[:].numpy(), dtype)
+
+    def __getitem__(self, key: slice | Tensor | np.ndarray) -> Tensor:
+        """Rows as a tensor; those of a slice may be the file's own memory, to be read only.
+
+        Other keys are positions or a mask, (n_used,).
+        """
         if isinstance(key, slice):
             start, stop, step = key.indices(len(self))
             if step == 1 and self.positions is None:
-                return self._read(start, max(start, stop))
-            key = torch.arange(start, stop, step)
-        sources, rank = _sorted(self._of_source(key.cpu().numpy()))
+                return self._found_finite(self._read(start, max(start, stop)), slice(start, stop))
+            key = np.arange(start, stop, step)
+        key = np.atleast_1d(np.asarray(key.cpu() if isinstance(key, Tensor) else key))
+        if key.dtype == bool:
+            key = np.flatnonzero(key)
+        sources, rank = _sorted(self._of_source(key))
         rows = torch.empty(len(sources), self.shape[1], dtype=self.dtype)
         self._read_into(rows, sources)
         return rows.index_select(0, rank)
@@ -130,17 +151,20 @@ class StoredRows:
     def window_rows(self) -> int:
         return max(1, _WINDOW_BYTES // self._row_bytes)
 
+    @property
+    def block_rows(self) -> int:
+        return max(1, _BLOCK_BYTES // self._row_bytes)
+
     def shuffled(self, windows: Sequence[int], generator: torch.Generator) -> Tensor:
         """A new order of as many rows as windows of these sizes have, from whole blocks each.
 
-        That of a single window is what `torch.randperm` draws.
+        That of a single window, or of rows in memory, is what `torch.randperm` draws.
         """
         n_rows = sum(windows)
-        if len(windows) == 1:
+        if len(windows) == 1 or self._is_in_memory:
             return torch.randperm(n_rows, generator=generator)
-        block_rows = max(1, _BLOCK_BYTES // self._row_bytes)
-        starts = torch.randperm(-(-n_rows // block_rows), generator=generator) * block_rows
-        order = (starts[:, None] + torch.arange(block_rows)).flatten()
+        starts = torch.randperm(-(-n_rows // self.block_rows), generator=generator)
+        order = (starts[:, None] * self.block_rows + torch.arange(self.block_rows)).flatten()
         order = order[order < n_rows]
         parts = order.split(list(windows))
         return torch.cat([p[torch.randperm(len(p), generator=generator)] for p in parts])
@@ -155,7 +179,7 @@ class StoredRows:
         are in order.
         """
         slots: list[Any]
-        if self._file is not None and device.type == "cpu":
+        if self._file is not None and device.type == "cpu" and self._are_finite(parts):
             slots = [self._file]
         else:
             most = max((_length(part) for part in parts), default=0)
@@ -186,17 +210,20 @@ class StoredRows:
         """Read a part of the rows into `out`, as they are stored; how many, and their places."""
         picked = self.sources(part)
         if isinstance(picked, slice):
-            rows = self._read(picked.start, picked.stop)
-            np.copyto(out[: len(rows)].numpy(), rows.numpy())
-            return len(rows), None
-        sources, rank = _sorted(picked)
+            sources, rank = np.arange(picked.start, picked.stop), None
+        elif self._is_in_memory:
+            rows = self.source.reshape(len(self.source), -1)
+            np.take(rows, picked, axis=0, out=out[: len(picked)].numpy(), mode="clip")
+            return len(picked), None
+        else:
+            sources, rank = _sorted(picked)
         self._read_into(out, sources)
         return len(sources), rank
 
     def _read_into(self, out: Tensor, sources: np.ndarray) -> None:
         """Read the rows at ascending positions of the source."""
         steps = np.diff(sources)
-        for start, stop in _runs(sources):
+        for start, stop in runs(sources, self.block_rows):
             first, last = int(sources[start]), int(sources[stop - 1])
             block, to = self._read(first, last + 1).numpy(), out[start:stop].numpy()
             # copies that leave Python's lock to the training, and torch's threads as well
@@ -204,17 +231,30 @@ class StoredRows:
                 np.copyto(to, block)
             else:
                 np.take(block, sources[start:stop] - first, axis=0, out=to, mode="clip")
+            self._found_finite(out[start:stop], sources[start:stop])
 
     def _read(self, start: int, stop: int) -> Tensor:
         """Rows of the source that lie together."""
         block = np.asarray(self.source[start:stop])
-        rows = as_tensor(block.reshape(stop - start, self.shape[1]))
-        if self._checks and not np.isfinite(rows.numpy()).all():
+        return as_tensor(block.reshape(stop - start, self.shape[1]))
+
+    def _found_finite(self, rows: Tensor, sources: slice | np.ndarray) -> Tensor:
+        """Rows from these places of the source; each is looked at the first time."""
+        if self._checked is None or self._checked[sources].all():
+            return rows
+        finite = np.isfinite(rows.numpy()).all(1)
+        if not finite.all():
+            at = np.arange(len(self._checked))[sources][~finite]
             raise ValueError(
-                f"Input X contains NaN or infinity among its rows {start} to {stop - 1}; expected "
-                "finite numbers. Replace them, or leave those rows out."
+                f"Input X contains NaN or infinity, first in row {at[0]}; expected finite numbers. "
+                "Replace them, or leave such rows out."
             )
+        self._checked[sources] = True
         return rows
+
+    def _are_finite(self, parts: Sequence[slice | Tensor]) -> bool:
+        checked = self._checked
+        return checked is None or all(checked[self.sources(part)].all() for part in parts)
 
 
 class _Slot:
@@ -230,6 +270,7 @@ class _Slot:
         if self.on_cuda:
             self.stream = torch.cuda.Stream(device)
             self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
+            self.used.record(torch.cuda.current_stream(device))  # by whom the memory was others'
             self.rows.record_stream(self.stream)  # not given to others while a copy is under way
 
     def fill(self, rows: StoredRows, part: slice | Tensor) -> tuple[int, Tensor | None]:
@@ -279,7 +320,7 @@ class _MappedFile:
         """None for what is no mapped file, wants another form, or cannot be read ahead here."""
         if not isinstance(source, np.memmap) or not hasattr(os, "posix_fadvise"):
             return None
-        if not source.flags.c_contiguous or not len(source) or source._mmap is None:  # type: ignore[attr-defined]
+        if not source.flags.c_contiguous or not len(source) or not _is_mapped(source):
             return None
         if as_tensor(source[:1]).data_ptr() != source.ctypes.data or source.filename is None:
             return None  # torch has another type for these numbers
@@ -294,13 +335,14 @@ class _MappedFile:
             self._read_ahead(picked.start, picked.stop)
             return picked
         ascending = np.sort(picked)
-        for start, stop in _runs(ascending):
+        for start, stop in runs(ascending, rows.block_rows):
             self._read_ahead(int(ascending[start]), int(ascending[stop - 1]) + 1)
         return torch.from_numpy(picked)
 
     def _read_ahead(self, start: int, stop: int) -> None:
         begin, length = self.begin + start * self.row_bytes, (stop - start) * self.row_bytes
-        os.posix_fadvise(self.descriptor, begin, length, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # it is advice only
+            os.posix_fadvise(self.descriptor, begin, length, os.POSIX_FADV_WILLNEED)
 
     def taken(self, picked: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         return (self.rows[picked], None) if isinstance(picked, slice) else (self.rows, picked)
@@ -309,9 +351,10 @@ class _MappedFile:
         pass  # the system takes back what is not used
 
 
-def _runs(ascending: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Bounds of the parts of ascending positions that are worth one read each."""
-    breaks = np.flatnonzero(np.diff(ascending) > _GAP) + 1
+def runs(ascending: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the parts of ascending positions that are worth one read each, of `most` rows."""
+    apart = (np.diff(ascending) > _GAP) | (np.diff(ascending // most) > 0)
+    breaks = np.flatnonzero(apart) + 1
     bounds = [0, *breaks.tolist(), len(ascending)]
     return ((start, stop) for start, stop in pairwise(bounds) if start < stop)
 
@@ -342,15 +385,21 @@ def is_stored(X: Any) -> bool:
     if isinstance(X, StoredRows):
         return True
     if isinstance(X, np.memmap):
-        return X.nbytes >= _LEAST_STORED_BYTES and not _is_joblib_s(X) and X.dtype.kind in "biuf"
+        large = X.nbytes >= _LEAST_STORED_BYTES and X.dtype.kind in "biuf"
+        return large and _is_mapped(X) and not _is_joblib_s(X)
     if isinstance(X, (np.ndarray, np.generic, Tensor)) or scipy.sparse.issparse(X):
         return False
-    if hasattr(X, "__array_namespace__"):  # what computes is no storage
-        return False
+    if hasattr(X, "__array_namespace__") or hasattr(X, "__dask_graph__"):
+        return False  # what computes is no storage
     dtype, shape = getattr(X, "dtype", None), getattr(X, "shape", None)
     if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or len(shape) < 2:
         return False
     return dtype.kind in "biuf" and hasattr(X, "__getitem__")
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+    """Whether an array is a file's memory; copies of a `memmap` are of its type as well."""
+    return getattr(array, "_mmap", None) is not None
 
 
 def _is_joblib_s(X: np.memmap) -> bool:
@@ -363,5 +412,7 @@ def on_device(rows: Rows, device: torch.device) -> Rows:
     if isinstance(rows, StoredRows) or rows.device.type != "cpu" or device.type == "cpu":
         return rows if isinstance(rows, StoredRows) else rows.to(device)
     if device.type == "cuda" and rows.nbytes > free_memory(device) * _MOST_OF_DEVICE:
-        return StoredRows(rows)
+        stored = StoredRows(rows)
+        stored._checked = None  # they were looked at before
+        return stored
     return rows.to(device)

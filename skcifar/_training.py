@@ -36,6 +36,7 @@ from skcifar._optimization import (
     probabilities,
 )
 from skcifar._recorded import RecordedSteps, records_steps
+from skcifar._stored_rows import StoredRows
 
 # A larger batch is read and differentiated in pieces of this many rows, whose gradients add up:
 # a full batch of CIFAR-10 in float32 would be four times the memory of the images.
@@ -230,8 +231,9 @@ class _Net(NeuralNetClassifier):
             order = job.generators.order if job.recipe.shuffle else None
             return Batches(dataset, job.recipe.batch_size, order, job.sampler, in_pieces=True)
         if not isinstance(dataset, Samples):  # rows that a callback came with
-            rows = torch.as_tensor(dataset)
-            dataset = Samples(rows, rows.new_zeros(len(rows), dtype=torch.int64))
+            rows = dataset if isinstance(dataset, StoredRows) else torch.as_tensor(dataset)
+            device = self.job.reader.device if isinstance(rows, StoredRows) else rows.device
+            dataset = Samples(rows, torch.zeros(len(rows), dtype=torch.int64, device=device))
         # where rows are compared with each other, those of one class must not stand together
         order = None if self.criterion_.row_wise else torch.Generator().manual_seed(0)
         return Batches(dataset, self.job.evaluation_rows, order)

@@ -27,7 +27,7 @@ from skcifar._device import (
     seeded_construction,
     skeleton_construction,
 )
-from skcifar._encoder import TorchEncoder
+from skcifar._encoder import TorchEncoder, into
 from skcifar._networks import Encoder
 from skcifar._parameters import CONSTRAINTS, document_parameters
 from skcifar._row_cache import RowCache
@@ -356,18 +356,26 @@ class PretrainedFeatures(TorchEncoder):
 
     # -- features ----------------------------------------------------------------------------------
 
-    def _features(self, rows: Rows, dtype: torch.dtype) -> np.ndarray:
+    def _features(
+        self, rows: Rows, dtype: torch.dtype, out: np.ndarray | None = None
+    ) -> np.ndarray:
         report = _Report() if self.verbose else None
-        if self.memory is None:
-            features = self._outputs_of(rows, dtype, report)
-        else:
+        namespace = None if self.memory is None else self._namespace()
+
+        def compute(rows: Rows) -> np.ndarray:
+            if namespace is None:
+                return self._outputs_of(rows, dtype, report)
             parts = [slice(None)] if isinstance(rows, Tensor) else rows.in_turn()
-            features = np.concatenate([self._kept_features(rows[p], report) for p in parts])
+            kept = [self._kept_features(rows[part], namespace, report) for part in parts]
+            of_dtype = np.float64 if dtype == torch.float64 else np.float32
+            return np.concatenate(kept).astype(of_dtype, copy=False)
+
+        features = into(out, rows, compute)
         if report is not None:
             report.tell()
-        return features.astype(np.float64 if dtype == torch.float64 else np.float32, copy=False)
+        return features
 
-    def _kept_features(self, rows: Tensor, report: _Report | None) -> np.ndarray:
+    def _kept_features(self, rows: Tensor, namespace: bytes, report: _Report | None) -> np.ndarray:
         """Features out of the store, or computed and put there."""
         stored = torch.float64 if self.dtype_ == "float64" else torch.float32
 
@@ -376,7 +384,7 @@ class PretrainedFeatures(TorchEncoder):
 
         return RowCache(self.memory, self.cache_size).compute(
             rows.cpu().numpy(),
-            self._namespace(),
+            namespace,
             compute,
             n_columns=self._n_features_out,
             dtype=np.float64 if stored == torch.float64 else np.float32,

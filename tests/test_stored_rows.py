@@ -4,6 +4,7 @@ import os
 import threading
 from collections import Counter
 
+import dask.array
 import joblib
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.model_selection import GridSearchCV, cross_val_score
+from skorch.callbacks import EpochScoring
 
 from skcifar import (
     CNNClassifier,
@@ -205,7 +207,7 @@ def test__no_more_than_a_window__is_read_at_a_time(name, digits):
     X, y = np.tile(digits[0], (2, 1)), np.tile(digits[1], 2)
     source = Sliced(X)
     model = fitted(name, source, y)
-    assert source.most.pop("skcifar-rows", 0) <= 200 + 2 * 20
+    assert source.most.pop("skcifar-rows", 0) <= 20  # a block
     # statistics, pieces of full batches, a look at 1,000 images
     assert 0 < max(source.most.values()) <= 1024
     source.most.clear()
@@ -213,7 +215,46 @@ def test__no_more_than_a_window__is_read_at_a_time(name, digits):
     assert max(source.most.values()) <= 1024  # of a forward pass
 
 
-def test__window__is_read_by_another_thread_while_one_is_trained_on(digits, small_windows):
+@pytest.mark.parametrize("name", ["softmax-sgd", "softmax", "mlp-full"])
+@pytest.mark.usefixtures("small_windows")
+def test__gaps_between_rows_that_are_used__are_no_reason_to_read_more(name, digits):
+    X, y = np.tile(digits[0], (2, 1)), np.tile(digits[1], 2)
+    source = Sliced(X)
+    weight = (np.arange(len(y)) % 8 == 0).astype(float)
+    fitted(name, source, y, normalize=False, shuffle=False).fit(source, y, sample_weight=weight)
+    assert source.most.pop("skcifar-rows", 0) <= 20
+    assert max(source.most.values(), default=0) <= 1024
+
+
+@pytest.mark.usefixtures("small_windows")
+def test__batches_larger_than_a_window__are_read_in_pieces(digits):
+    X, y = np.tile(digits[0], (2, 1)), np.tile(digits[1], 2)
+    source = Sliced(X)
+    fitted("mlp", source, y, batch_size=1500, normalize=False)
+    assert max(source.most.values()) <= 1000  # a look at as many images
+    expected = fitted("mlp", X, y, batch_size=1500, normalize=False, shuffle=False)
+    model = fitted("mlp", source, y, batch_size=1500, normalize=False, shuffle=False)
+    np.testing.assert_array_equal(model.decision_function(X), expected.decision_function(X))
+
+
+@pytest.mark.usefixtures("small_windows")
+def test__next_window__is_read_while_one_is_trained_on():
+    second_is_read = threading.Event()
+
+    class Telling(Sliced):
+        def __getitem__(self, key):
+            if key.start >= 200:
+                second_is_read.set()
+            return super().__getitem__(key)
+
+    rows = StoredRows(Telling(np.zeros((400, N_FEATURES), np.uint8)))
+    batches = iter(Batches(Samples(rows, torch.zeros(400, dtype=torch.int64)), 100))
+    next(batches)
+    assert second_is_read.wait(timeout=30)  # and nobody asks for its batches
+    batches.close()
+
+
+def test__windows__are_read_by_a_thread_that_ends_with_the_fit(digits, small_windows):
     X, y = digits
     source = Sliced(X)
     fitted("mlp", source, y, normalize=False)
@@ -312,6 +353,7 @@ def test__fit__is_the_same_for_the_same_seed_and_learns_from_all_windows(digits)
         Sliced(np.array([["a", "b"]], dtype=object)),
         Sliced(np.ones(3)),
         None,
+        dask.array.ones((2, 2)),
     ],
     ids=lambda values: type(values).__name__,
 )
@@ -323,7 +365,10 @@ def test__memmap__is_stored_from_a_size_on_unless_joblib_made_it(monkeypatch, tm
     X = np.ones((100, 4))
     assert not is_stored(stored_file(X, tmp_path / "X.npy"))
     monkeypatch.setattr(_stored_rows, "_LEAST_STORED_BYTES", 3200)
-    assert is_stored(np.load(tmp_path / "X.npy", mmap_mode="r"))
+    stored = np.load(tmp_path / "X.npy", mmap_mode="r")
+    assert is_stored(stored)
+    assert type(stored.copy()) is np.memmap
+    assert not is_stored(stored.copy())
     assert not is_stored(np.load(tmp_path / "X.npy", mmap_mode="r")[1:])
     with joblib.parallel_config(backend="loky", n_jobs=2, max_nbytes=100):
         kinds = joblib.Parallel()(joblib.delayed(_kind_and_whether_stored)(X) for _ in range(2))
@@ -349,12 +394,50 @@ def test__scikit_learn_s_searches__take_stored_rows(digits, tmp_path):
         assert search.best_score_ > 0.85
 
 
+@pytest.mark.usefixtures("every_memmap_stored", "small_windows")
+def test__stored_validation_rows__are_taken_where_fits_are_trained_together(digits, tmp_path):
+    X, y = digits
+    model = clone(ESTIMATORS["softmax-sgd"]).set_params(random_state=0)
+    validation = {"X_val": stored_file(X[:300], tmp_path / "X.npy"), "y_val": y[:300]}
+    grid = {"learning_rate_init": [0.01, 0.1]}
+    with joblib.parallel_config(backend="skcifar"):
+        search = GridSearchCV(model, grid, cv=3).fit(X, y, **validation)
+    expected = GridSearchCV(model, grid, cv=3).fit(X, y, X_val=X[:300], y_val=y[:300])
+    np.testing.assert_allclose(
+        search.cv_results_["mean_test_score"], expected.cv_results_["mean_test_score"], atol=0.002
+    )
+
+
+@pytest.mark.usefixtures("small_windows")
+def test__scorers_and_callbacks__take_stored_rows_as_arrays(digits):
+    X, y = digits
+    seen = []
+
+    def scorer(estimator, rows, labels):
+        seen.append(np.asarray(rows).shape)
+        return estimator.score(rows[labels < 5], labels[labels < 5])
+
+    callback = EpochScoring("accuracy", use_caching=False, lower_is_better=False)
+    fitted("mlp", Sliced(X), y, early_stopping=True, scoring=scorer, skorch_callbacks=[callback])
+    assert seen == [(180, N_FEATURES)] * 2
+
+
 def test__rows_beyond_a_device_s_memory__stay_on_the_host(monkeypatch):
     rows = torch.zeros(100, 10, dtype=torch.uint8)
     monkeypatch.setattr(_stored_rows, "free_memory", lambda device: 1999)
+    rows[:] = torch.arange(100, dtype=torch.uint8)[:, None]
     kept = on_device(rows, torch.device("cuda"))
     assert isinstance(kept, StoredRows)
     assert torch.equal(kept[:], rows)
+    # in the order of rows on the device, however many windows there are
+    orders = [
+        [targets for _, targets, *_ in batches_of(values, batch_size=10)] for values in (kept, rows)
+    ]
+    monkeypatch.setattr(_stored_rows, "_WINDOW_BYTES", 100)
+    for batch, targets, *_ in batches_of(kept, batch_size=10):
+        assert torch.equal(batch[:, 3].long(), targets)
+        assert torch.equal(orders[0].pop(0), targets)
+        assert torch.equal(orders[1].pop(0), targets)
     assert on_device(rows, torch.device("cpu")) is rows
     moved = on_device(rows, torch.device("meta"))
     assert moved.device.type == "meta"
@@ -377,10 +460,16 @@ def test__nan_among_stored_rows__error_names_them(digits):
     X, y = digits
     X = X.astype(np.float32)
     X[777, 3] = np.nan
-    with pytest.raises(ValueError, match=r"NaN or infinity among its rows \d+ to \d+.*Replace"):
+    with pytest.raises(ValueError, match=r"NaN or infinity, first in row 777; .*Replace"):
         fitted("softmax-sgd", Sliced(X), y)
+    # what is not trained on is not looked at, in whatever order rows come
+    weight = (np.arange(len(y)) != 777).astype(float)
+    for seed in range(3):
+        clone(ESTIMATORS["softmax-sgd"]).set_params(random_state=seed).fit(
+            Sliced(X), y, sample_weight=weight
+        )
     model = fitted("softmax-sgd", X[:700], y[:700])
-    with pytest.raises(ValueError, match="NaN or infinity among its rows 0 to "):
+    with pytest.raises(ValueError, match="NaN or infinity, first in row 777"):
         model.predict(Sliced(X))
 
 
@@ -428,12 +517,19 @@ def test__features__are_written_where_they_are_to_go(dtype, digits, tmp_path, mo
     )
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
 @pytest.mark.parametrize(
-    "out", [np.empty((3, 4)), np.empty((10, 4), int), [[0.0] * 4] * 10], ids=["rows", "int", "list"]
+    "out",
+    [np.empty((3, 4)), np.empty((10, 4), int), [[0.0] * 4] * 10, read_only(np.empty((10, 4)))],
+    ids=["rows", "int", "list", "read-only"],
 )
 def test__place_that_cannot_hold_the_features__error_says_what_can(out, digits):
     X, y = digits
     model = fitted("triplet", X, y)
-    message = r"out is .*; expected an array of floats of shape \(10, 4"
+    message = r"out is a?.*; expected a writable array of floats of shape \(10, 4"
     with pytest.raises(ValueError, match=message):
         model.transform(X[:10], out=out)
