@@ -32,6 +32,7 @@ from skcifar._device import (
 )
 from skcifar._jobs import MEETING, compute
 from skcifar._memory import is_out_of_memory
+from skcifar._processes import keep_to_own_cores
 from skcifar._stored_rows import Rows, StoredRows, is_stored
 
 # Rows of one forward pass in prediction, the most and the least.
@@ -68,6 +69,7 @@ class TorchEstimator(BaseEstimator):
 
         A tensor or array is not copied, and not read as yet if it is stored elsewhere.
         """
+        keep_to_own_cores()
         if isinstance(X, (list, tuple)):
             X = np.asarray(X)
         shape = None

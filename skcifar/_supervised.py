@@ -31,6 +31,7 @@ from skcifar._jobs import TrainingJob, TrainingResult, compute
 from skcifar._networks import has_batch_norm
 from skcifar._optimization import Recipe
 from skcifar._parameters import CONSTRAINTS
+from skcifar._processes import warn_if_gpu_is_shared
 from skcifar._stored_rows import Rows, StoredRows, on_device
 from skcifar._training import train
 
@@ -116,6 +117,7 @@ class SupervisedEstimator(CallbackSupportMixin, TorchEstimator):
         state = self._state_to_go_on_from() if going_on else None
         seeds = self._seeds() if state is None else {}
         device = weights_device(self.module_) if going_on else resolve_device(self.device)
+        warn_if_gpu_is_shared(device)
         attributes = self._label_attributes(classes) | {"device_": str(device)}
         # rows that were held out once are never trained on later
         attributes["_split_seed"] = self._split_seed if going_on else seeds["split"]

@@ -21,7 +21,7 @@ PARTS = {
     "report": {"_report_files", "_report_pieces", "_fitted"},
 }
 ROWS = [
-    ["_provenance", "_image_folder", "_fitted", "_memory"],
+    ["_provenance", "_image_folder", "_fitted", "_memory", "_processes"],
     ["_device"],
     ["_stored_rows"],
     ["_matmul"],
