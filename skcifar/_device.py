@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,18 +25,26 @@ _BLOCK_ROWS = 256
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The torch device for a `device` parameter; "auto" is CUDA where there is any."""
+    """The torch device for a `device` parameter; "auto" is CUDA where there is any.
+
+    Where the environment has SKCIFAR_DEVICE, "auto" is what it names: workers of a cluster that
+    share a machine are each given a GPU of their own so.
+    """
+    given = f"device={device!r}"
     if isinstance(device, str) and device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        named = os.environ.get("SKCIFAR_DEVICE", "auto")
+        if named == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device, given = named, f"SKCIFAR_DEVICE={named} in the environment"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"device={device!r} is not a torch device; give 'auto', 'cpu', 'cuda' or 'cuda:1'."
+            f"{given} is not a torch device; give 'auto', 'cpu', 'cuda' or 'cuda:1'."
         ) from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device={device!r} was asked for, but torch finds no CUDA device; "
+            f"{given} was asked for, but torch finds no CUDA device; "
             "give device='auto' or 'cpu', or install a CUDA build of torch."
         )
     return resolved

@@ -228,7 +228,8 @@ layout : {"HWC", "CHW"}, default={default}
     Order of height, width and channels in rows and images; "CHW" is that of torch and of
     CIFAR-10's own files.
 device : str or torch.device, default={default}
-    "auto" is CUDA where there is any, else the CPU.
+    "auto" is what the environment variable SKCIFAR_DEVICE names, or CUDA where there is any, else
+    the CPU.
 precision : {"auto", "float32", "float64", "bfloat16"}, default={default}
     "bfloat16" computes in bfloat16 on float32 weights.
 skorch_callbacks : list of skorch callbacks or None, default={default}

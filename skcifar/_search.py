@@ -21,10 +21,12 @@ from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, Randomize
 
 from skcifar._backend import Backend, collect
 from skcifar._comparison import comparison
+from skcifar._dask import backend_of
 from skcifar._jobs import MEETING
 from skcifar._plan import plan_of
+from skcifar._rounds import Split
 from skcifar._search_parameters import CONSTRAINTS, documented
-from skcifar._study import SearchStudy, Split, owner_of
+from skcifar._study import SearchStudy, owner_of
 from skcifar._supervised import SupervisedEstimator
 
 
@@ -58,19 +60,26 @@ class _BatchedSearch(BaseEstimator):
             If `journal` is a damaged file or belongs to another search, and for what
             scikit-learn's own ``fit`` raises it.
         RuntimeError
-            If another running search uses the same journal.
+            If another running search uses the same journal. With ``backend="dask"`` if there is no
+            client or no worker, or the connection to the scheduler is lost.
         TypeError
-            If a score cannot be written to the journal.
+            If a score cannot be written to the journal, or a task cannot be sent to a worker.
+        ImportError
+            If ``backend="dask"`` and dask is not installed.
         """
         self.__dict__.pop("partial_results_", None)
         study = self._study = SearchStudy(self, X, y, params)
         # A search within a task of another has a study of its own: its fits meet by themselves.
         token = MEETING.set(None)
         try:
-            backend = Backend(study=study)
-            if backend.effective_n_jobs(1) == 1:
+            if Backend().effective_n_jobs(1) == 1:
                 study.needs_to_be_told()
-            with study, self._settings(), parallel_config(backend=backend):
+            with (
+                backend_of(study) as backend,
+                study,
+                self._settings(),
+                parallel_config(backend=backend),
+            ):
                 super().fit(X, y, **params)
         except BaseException:
             if study.rounds:
@@ -240,6 +249,7 @@ class BatchedGridSearchCV(_BatchedSearch, GridSearchCV):
         n_repeats: int = 1,
         validate_epochs: bool = False,
         progress: Callable[[dict], Any] | None = None,
+        backend: str = "skcifar",
     ) -> None:
         super().__init__(
             estimator,
@@ -257,6 +267,7 @@ class BatchedGridSearchCV(_BatchedSearch, GridSearchCV):
         self.n_repeats = n_repeats
         self.validate_epochs = validate_epochs
         self.progress = progress
+        self.backend = backend
 
 
 @documented
@@ -318,6 +329,7 @@ class BatchedRandomizedSearchCV(_BatchedSearch, RandomizedSearchCV):
         n_repeats: int = 1,
         validate_epochs: bool = False,
         progress: Callable[[dict], Any] | None = None,
+        backend: str = "skcifar",
     ) -> None:
         super().__init__(
             estimator,
@@ -337,6 +349,7 @@ class BatchedRandomizedSearchCV(_BatchedSearch, RandomizedSearchCV):
         self.n_repeats = n_repeats
         self.validate_epochs = validate_epochs
         self.progress = progress
+        self.backend = backend
 
 
 @documented
@@ -421,6 +434,7 @@ class BatchedHalvingSearchCV(_BatchedSearch, HalvingGridSearchCV):
         n_repeats: int = 1,
         validate_epochs: bool = False,
         progress: Callable[[dict], Any] | None = None,
+        backend: str = "skcifar",
     ) -> None:
         super().__init__(
             estimator,
@@ -443,6 +457,7 @@ class BatchedHalvingSearchCV(_BatchedSearch, HalvingGridSearchCV):
         self.n_repeats = n_repeats
         self.validate_epochs = validate_epochs
         self.progress = progress
+        self.backend = backend
 
     @contextmanager
     def _settings(self) -> Iterator[None]:

@@ -8,13 +8,14 @@ import re
 from numbers import Integral
 from typing import TypeVar
 
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, StrOptions
 
 CONSTRAINTS: dict = {
     "journal": [str, os.PathLike, None],
     "n_repeats": [Interval(Integral, 1, None, closed="left")],
     "validate_epochs": ["boolean"],
     "progress": [callable, None],
+    "backend": [StrOptions({"skcifar", "dask"})],
 }
 
 # In the order of no signature: a class takes those that it has.
@@ -46,7 +47,7 @@ aggressive_elimination : bool, default={default}
 scoring : str, callable, list, tuple or dict, default={default}
     The metric or, but for halving, metrics; None is the estimator's own ``score``.
 n_jobs : int, default={default}
-    Accepted, and without effect: the fits are trained in this process, together.
+    Accepted, and without effect: the fits are trained together, where `backend` has them trained.
 refit : bool, str or callable, default={default}
     Whether to fit the best candidate to all of X; of several metrics the name of the one that
     decides; or a callable that takes `cv_results_`, with what is added to it here, and returns
@@ -77,7 +78,13 @@ validate_epochs : bool, default={default}
 progress : callable or None, default={default}
     Called whenever an epoch or a fit is over, with a dict: ``done_fits``, ``total_fits``,
     ``done_epochs``, ``expected_epochs``, ``best_score`` (highest mean test score of the candidates
-    that are done, of a halving search in this round; else None) and ``seconds``."""
+    that are done, of a halving search in this round; else None) and ``seconds``. On a cluster it
+    is called when groups of fits are over.
+backend : {"skcifar", "dask"}, default={default}
+    Where the fits are trained: "skcifar" in this process, "dask" on the workers of a Dask cluster,
+    that of the current :class:`distributed.Client`. Each worker is sent groups of fits, which it
+    trains together; see the Notes. The results are the same, and a journal that was begun in one
+    place may be gone on with in the other."""
 
 _ATTRIBUTES = """\
 cv_results_ : dict of ndarrays
@@ -111,6 +118,17 @@ corrected resampled t-test of [1]_: their mean is within chance if it is at most
 quantile of Student's t with k - 1 degrees of freedom times
 :math:`\\sqrt{(1/k + n_{test}/n_{train}) s^2}`. It allows neither for choosing the best after
 seeing the scores nor for looking at many pairs. With a single split, nothing can be told apart.
+
+With ``backend="dask"`` the fits of a fold are cut into groups, four for each worker on a CPU and
+one for each on a GPU, or more if the smallest worker's free memory asks for it. X, y and all large
+arrays are sent to each worker once; what is known of a fit comes back when its group is over; the
+best candidate is refitted in this process. A worker that dies loses nothing but time: its group is
+trained again elsewhere. If the connection to the scheduler is lost, a RuntimeError says so, and the
+same call goes on from its journal. A worker trains one group at a time, with as many threads of
+torch's as Dask gave it; ``device="auto"`` is its GPU, or what the environment variable
+``SKCIFAR_DEVICE`` names there. The rounds of a halving search by epochs train the survivors from
+their first epoch on, as networks stay where they are. Warnings of workers are given here, each
+once. scikit-learn's callbacks reach this process from workers on the same machine only.
 
 `validate_epochs` needs an estimator of this package itself: in a Pipeline, whose first steps change
 the rows, ``valid_score`` stays NaN. It is the accuracy, or the negative loss with

@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import joblib
@@ -17,114 +16,29 @@ import numpy as np
 import pandas as pd
 import sklearn
 import torch
-from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.pipeline import Pipeline
-from sklearn.utils import _safe_indexing, check_random_state, column_or_1d, indexable
+from sklearn.utils import check_random_state, indexable
 
-from skcifar._batches import Samples
-from skcifar._jobs import TrainingJob, TrainingResult
-from skcifar._journal import Journal, as_plain, describe, digest
-from skcifar._optimization import ClassificationLoss
-from skcifar._supervised import SupervisedEstimator, samples_of
-from skcifar._tasks import Study, Task
-
-Split = tuple[NDArray[Any], NDArray[Any]]  # rows to train on, rows to score
+from skcifar._journal import Journal, describe, digest
+from skcifar._rounds import Candidate, Place, Round, RoundStudy, Split
+from skcifar._supervised import SupervisedEstimator
+from skcifar._tasks import Task
 
 
-@dataclass
-class _Candidate:
-    """One setting of the parameters in one round.
-
-    Attributes
-    ----------
-    parameters : dict
-        As in `cv_results_["params"]`.
-    name : str
-        Tells it from others in every process, whatever the round.
-    estimator : estimator
-        With these parameters; not to be fitted.
-    pauses : bool
-        Whether it trains along the horizon of the search, with pauses.
-    unseeded : bool
-        Whether no seed is given.
-    epochs : int
-        That a fit of it has still to take, at most.
-    number : int
-        Of equal candidates in its round, from 0.
-    """
-
-    parameters: dict
-    name: str
-    estimator: Any
-    pauses: bool
-    unseeded: bool
-    epochs: int
-    number: int = 0
-
-
-@dataclass
-class _Round:
-    """One call of scikit-learn's evaluate_candidates: all of a grid, or a round of halving."""
-
-    number: int
-    first: int  # row of cv_results_ of its first candidate
-    candidates: list[_Candidate]
-    n_resources: int | None
-    n_repeats: int
-    splits: list[Split] = field(default_factory=list)  # of one repeat
-    split_digests: list[str] = field(default_factory=list)
-
-    @property
-    def n_tasks(self) -> int:
-        return len(self.candidates) * len(self.splits) * self.n_repeats
-
-    def place(self, task: Task) -> tuple[_Candidate, _Place]:
-        candidate, split = divmod(task.position, len(self.splits) * self.n_repeats)
-        repeat, fold = divmod(split, len(self.splits))
-        return self.candidates[candidate], _Place(self.first + candidate, fold, repeat)
-
-    def key(self, task: Task) -> str:
-        """Tells a task from all others of the search, in every process."""
-        candidate, place = self.place(task)
-        return json.dumps(
-            {
-                "round": self.number,
-                "n_resources": self.n_resources,
-                "params": json.loads(candidate.name),
-                "fold": place.fold,
-                "repeat": place.repeat,
-                "split": self.split_digests[place.fold],
-            }
-        )
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the results of a task belong."""
-
-    candidate: int  # row of cv_results_
-    fold: int
-    repeat: int
-
-
-class SearchStudy(Study):
+class SearchStudy(RoundStudy):
     """Follows the tasks of one `fit` of a search."""
 
     def __init__(self, search: Any, X: Any, y: Any, params: Mapping[str, Any]) -> None:
+        X, y = indexable(X, y)
+        super().__init__(X, y, search.validate_epochs)
         self.search = search
-        self.X, self.y = indexable(X, y)
         self.params = params
-        self.rounds: list[_Round] = []
-        self.current: _Round | None = None
+        self.rounds: list[Round] = []
         self.journal: Journal | None = None
         self.journalled: dict[str, dict] = {}
-        self.values: dict[_Place, dict] = {}  # of finished tasks, in the order they finished
-        self.histories: dict[_Place, list[list[dict]]] = {}
-        self.paused: dict[tuple[str, int, int, int], Any] = {}
-        self.shared_seed: int | None = None
-        self.left_out: dict[tuple, Samples | None] = {}
-        self.epochs_done: dict[_Place, int] = {}
+        self.values: dict[Place, dict] = {}  # of finished tasks, in the order they finished
+        self.epochs_done: dict[Place, int] = {}
         self.done_epochs = self.expected_epochs = self.total_fits = 0
         self.scores: dict[int, list[float]] = {}  # of each candidate
         self.best_score: float | None = None  # of the round
@@ -150,6 +64,7 @@ class SearchStudy(Study):
             "n_repeats": search.n_repeats > 1,
             "validate_epochs": search.validate_epochs,
             "resource": getattr(search, "resource", "n_samples") != "n_samples",
+            "backend": search.backend != "skcifar",
         }
         needing = [name for name, is_asked in asked.items() if is_asked]
         if needing:
@@ -159,7 +74,7 @@ class SearchStudy(Study):
                 "joblib that skcifar was tested with, or use scikit-learn's own search."
             )
 
-    def was_told_of(self, closed: _Round) -> bool:
+    def was_told_of(self, closed: Round) -> bool:
         return sum(place.candidate >= closed.first for place in self.values) == closed.n_tasks
 
     # -- rounds ------------------------------------------------------------------------------------
@@ -168,11 +83,12 @@ class SearchStudy(Study):
         """Begin a round; gives the candidates as scikit-learn is to have them."""
         n_resources = more_results["n_resources"][0] if more_results else None
         first = sum(len(earlier.candidates) for earlier in self.rounds)
-        self.current = _Round(
+        self.current = Round(
             len(self.rounds),
             first,
             [self._candidate(parameters, n_resources) for parameters in candidates],
             n_resources,
+            self.search._horizon(),
             self.search.n_repeats,
         )
         self.rounds.append(self.current)
@@ -203,12 +119,12 @@ class SearchStudy(Study):
         if self.journal is None:
             self._open_journal()
 
-    def close_round(self) -> _Round:
+    def close_round(self) -> Round:
         assert self.current is not None
         closed, self.current = self.current, None
         return closed
 
-    def _candidate(self, parameters: dict, n_resources: int | None) -> _Candidate:
+    def _candidate(self, parameters: dict, n_resources: int | None) -> Candidate:
         search = self.search
         resource = getattr(search, "resource", None)
         named = {name: value for name, value in parameters.items() if name != resource}
@@ -222,7 +138,7 @@ class SearchStudy(Study):
         if any(key[0] == name for key in self.paused):
             n_epochs -= int(self.rounds[-1].n_resources or 0)
         trained = trained_parts(estimator)
-        return _Candidate(
+        return Candidate(
             parameters,
             name,
             estimator,
@@ -284,69 +200,35 @@ class SearchStudy(Study):
         record = self.journalled.get(self.current.key(task))
         if record is None:
             return None
-        candidate, place = self.current.place(task)
-        self.histories[place] = record["fits"]
-        n_epochs = candidate.epochs if candidate.pauses else sum(map(len, record["fits"]))
-        self.epochs_done[place] = n_epochs
-        self.done_epochs += n_epochs
+        candidate, place = self.place(task)
+        self._take_over(candidate, place, record["fits"])
         self._count(candidate, place, record["value"])
         return copy.deepcopy(record["value"])
 
-    def seed(self, task: Task, seed: int) -> int:
-        if self.current is None:
-            return seed
-        candidate, place = self.current.place(task)
-        if candidate.unseeded:
-            assert self.shared_seed is not None
-            seed = self.shared_seed
-        if place.repeat == 0:
-            return seed
-        return int(np.random.SeedSequence([seed, place.repeat]).generate_state(1)[0])
+    def came_back(self, task: Task, value: Any, fits: list[list[dict]]) -> None:
+        """The task ran in another process, where it returned `value`; `fits` are its histories."""
+        self._take_over(*self.place(task), fits)
+        self.finished(task, value)
 
-    def job(self, task: Task, job: TrainingJob) -> TrainingJob:
-        if self.current is None:
-            return job
-        candidate, place = self.current.place(task)
-        if self.search.validate_epochs and job.validation is None:
-            samples = self._left_out_rows(candidate.estimator, place.fold, job)
-            # without labels to be right about, a loss is all there is
-            by_loss = job.monitor_loss or not isinstance(job.criterion, ClassificationLoss)
-            job = replace(
-                job, validation=samples, monitor_loss=by_loss, only_watched=samples is not None
-            )
-        if candidate.pauses:
-            key = candidate.name, candidate.number, place.fold, place.repeat
-            job = replace(
-                job,
-                recipe=replace(job.recipe, max_iter=self.search._horizon()),
-                pause_after=self.current.n_resources,
-                paused=self.paused.get(key),
-            )
-        return job
+    def _take_over(self, candidate: Candidate, place: Place, fits: list[list[dict]]) -> None:
+        self.histories[place] = fits
+        n_epochs = candidate.epochs if candidate.pauses else sum(map(len, fits))
+        self.epochs_done[place] = n_epochs
+        self.done_epochs += n_epochs
 
     def epoch(self, task: Task, row: dict) -> None:
         if self.current is not None:
-            _, place = self.current.place(task)
+            _, place = self.place(task)
             self.epochs_done[place] = self.epochs_done.get(place, 0) + 1
             self.done_epochs += 1
             self._report()
-
-    def trained(self, task: Task, job: TrainingJob, result: TrainingResult) -> None:
-        if self.current is None:
-            return
-        candidate, place = self.current.place(task)
-        rows = [_plain_row(row) for row in result.history]
-        self.histories.setdefault(place, []).append(rows)
-        if candidate.pauses:
-            key = candidate.name, candidate.number, place.fold, place.repeat
-            self.paused[key] = result.paused
 
     def finished(self, task: Task, value: Any) -> None:
         if self.progress_error is not None:
             raise self.progress_error
         if self.current is None:
             return
-        candidate, place = self.current.place(task)
+        candidate, place = self.place(task)
         if self.journal is not None:
             record = {
                 "task": json.loads(self.current.key(task)),
@@ -356,37 +238,9 @@ class SearchStudy(Study):
             self.journal.append(record)
         self._count(candidate, place, value)
 
-    def _left_out_rows(self, estimator: Any, fold: int, job: TrainingJob) -> Samples | None:
-        """The rows that a fold leaves out, as the job reads rows; None where it reads others."""
-        if not isinstance(estimator, SupervisedEstimator):
-            return None
-        key = (fold, type(estimator), estimator.layout)
-        if key not in self.left_out:
-            self.left_out[key] = self._make_left_out_rows(clone(estimator), fold, job)
-        return self.left_out[key]
-
-    def _make_left_out_rows(self, estimator: Any, fold: int, job: TrainingJob) -> Samples | None:
-        assert self.current is not None
-        train, test = self.current.splits[fold]
-        # The first row that is trained on comes along, to see that the job reads it alike.
-        train, test = (np.arange(len(self.y))[part] for part in (train, test))
-        picked = np.concatenate([train[:1], test])
-        classes = np.unique(column_or_1d(_safe_indexing(self.y, train)))
-        try:
-            rows, labels, _ = estimator._validate_rows(
-                _safe_indexing(self.X, picked), _safe_indexing(self.y, picked), reset=True
-            )
-            codes = estimator._encode_validation(column_or_1d(labels)[1:], classes)
-        except ValueError:  # rows with NaN, or a label that is not among those trained on
-            return None
-        trained = job.train.rows[:1]
-        if trained.shape != rows[:1].shape or not torch.equal(trained.cpu(), rows[:1].cpu()):
-            return None
-        return samples_of(rows[1:], codes, None, None, job.reader.device, job.precision.name)
-
     # -- progress and results ----------------------------------------------------------------------
 
-    def _count(self, candidate: _Candidate, place: _Place, value: Any) -> None:
+    def _count(self, candidate: Candidate, place: Place, value: Any) -> None:
         """A task is over, whether it ran now or earlier."""
         self.values[place] = copy.deepcopy(value[0])
         self.expected_epochs += self.epochs_done.get(place, 0) - candidate.epochs
@@ -488,14 +342,3 @@ def last_step(estimator: Any) -> Any:
     while isinstance(estimator, Pipeline):
         estimator = estimator.steps[-1][1]
     return estimator
-
-
-def _plain_row(row: dict) -> dict:
-    """Of an epoch's row what a table and a journal can hold."""
-    kept = {}
-    for name, value in row.items():
-        try:
-            kept[str(name)] = as_plain(value, str(name))
-        except TypeError:
-            continue
-    return {name: value for name, value in kept.items() if not isinstance(value, dict | list)}

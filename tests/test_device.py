@@ -198,3 +198,14 @@ def test__reader_on_meta__needs_no_data():
 
 def test__device_auto__is_a_device():
     assert resolve_device("auto").type in ("cpu", "cuda")
+
+
+def test__device_of_the_environment__is_what_auto_means_there(monkeypatch):
+    monkeypatch.setenv("SKCIFAR_DEVICE", "cpu:0")
+    assert resolve_device("auto") == torch.device("cpu:0") != torch.device("cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("SKCIFAR_DEVICE", "auto")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setenv("SKCIFAR_DEVICE", "gpu 1")
+    with pytest.raises(ValueError, match="SKCIFAR_DEVICE=gpu 1 in the environment is not a torch"):
+        resolve_device("auto")

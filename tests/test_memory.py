@@ -89,6 +89,13 @@ def test__free_memory__is_half_of_all_where_cached_files_fill_it(n_free, n_count
     assert free_memory(torch.device("cpu")) == n_counted * 4096
 
 
+def output_of(program, **settings):
+    """What a fresh process prints that has no other settings of malloc's in its environment."""
+    without = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    return subprocess.check_output(command, env=without | settings, text=True, timeout=60)
+
+
 def test__memory_kept__stays_the_process_s_until_the_end():
     if _glibc() is None:
         pytest.skip("needs glibc")
@@ -120,7 +127,7 @@ with memory_kept(torch.device("cpu")):
 print(resident() - before)
 print(left_by_a_step())
 """
-    output = subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)
+    output = output_of(program)
     untouched, on_meta, first, second, within, after, again = map(int, output.split())
     assert max(untouched, on_meta, after, again) < 100e6
     assert first > 300e6
@@ -142,9 +149,7 @@ with _memory.memory_kept(torch.device("cpu")), _memory._keeping_lock:
         os._exit(0 if free and _memory._n_keeping == 0 else 1)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), _memory._n_keeping)
 """
-    output = subprocess.check_output(
-        [sys.executable, "-W", "ignore", "-c", program], text=True, timeout=60
-    )
+    output = output_of(program)
     assert output.split() == ["0", "1"]
 
 
@@ -174,9 +179,7 @@ with memory_kept(torch.device("cpu")):
 print(_resident() - before)
 """
     settings = {} if threshold is None else {"MALLOC_TRIM_THRESHOLD_": str(threshold)}
-    output = subprocess.check_output(
-        [sys.executable, "-c", program], env=os.environ | settings, text=True, timeout=60
-    )
+    output = output_of(program, **settings)
     within, after = map(int, output.split())
     assert within > 90e6
     assert (after > 90e6) == (threshold is None)

@@ -145,11 +145,19 @@ def test__search__clones_and_shows_its_parameters(search):
         "n_repeats",
         "validate_epochs",
         "progress",
+        "backend",
     }
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"n_repeats": 0}, {"journal": 3}, {"progress": "bar"}, {"validate_epochs": "yes"}]
+    "wrong",
+    [
+        {"n_repeats": 0},
+        {"journal": 3},
+        {"progress": "bar"},
+        {"validate_epochs": "yes"},
+        {"backend": "ray"},
+    ],
 )
 def test__wrong_parameter__error_names_it(wrong):
     with pytest.raises(ValueError, match=f"'{next(iter(wrong))}' parameter"):
