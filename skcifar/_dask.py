@@ -241,8 +241,9 @@ class _Cluster:
         except TimeoutError as error:
             self.check_connection()
             raise RuntimeError(
-                f"There is no worker in {self.name} after {_SECONDS_FOR_A_WORKER} seconds. Start "
-                "some, and wait for slow ones with client.wait_for_workers(1)."
+                f"There is no worker in {self.name} that takes a task within "
+                f"{_SECONDS_FOR_A_WORKER} seconds. Start some, wait for slow ones with "
+                "client.wait_for_workers(1), and give more memory to those that Dask has paused."
             ) from error
         except Exception as error:
             self.check_connection()
