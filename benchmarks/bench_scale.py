@@ -29,29 +29,29 @@ plan_1, plan_10, plan_100
     scheduler; waiting for the last group (tail); for the journal after it; for the refit. All
     sizes, and 1 Gbit/s, are in scale_plan.csv.
 
-What the plan says, from one run of these figures (a group 0.4 to 0.6 s and then 80 to 160 ms a fit,
-2 ms a task, 0.15 ms to write a fit down, 31 MB of rows), and what the design does about it:
+What the plan says, from one run of these figures (a group 0.2 s and then 50 to 140 ms a fit, 1.7 ms
+a task, 0.18 ms to write a fit down, 31 MB of rows), and what the design does about it:
 
-- Workers as slow as this CPU's cores are nine tenths busy, in 22 s, with two groups each. With one
-  group each, the widths' unequal seconds leave a tail of 7 of 29 s; with fits by threes, groups'
-  fixed part doubles the work. So a search cuts a CPU's study into four groups a worker: no tail of
+- Workers as slow as this CPU's cores are nine tenths busy, in 17 s, with two groups each. With one
+  group each, the widths' unequal seconds leave a tail of 7 of 24 s; with fits by threes, groups'
+  fixed part makes it 26 s. So a search cuts a CPU's study into four groups a worker: no tail of
   more than a fourth of a worker's time, and as much is lost with a worker that dies.
 - Rows take 0.2 s, 1.8 s at 1 Gbit/s. As an argument of each of 128 groups, from one machine, they
   would take 3 s and 32 s, of each of 10,000 fits 250 s and 42 minutes: they are sent to every
   worker, once, before the groups.
-- Ten times faster workers are three quarters busy: what one process does for all, 10,000 lines of
-  the journal and the refit, is a tenth of 2.8 s. A hundred times faster ones are a seventh busy:
-  1.5 s of journal and up to 0.8 s of scheduling bound the study, whatever the size of groups. More
-  workers would not help then. Larger groups spare tasks, which is why a GPU is sent one; the
-  journal is written a line at a time, each safely on disk, which one write for each group would
-  end: not done, as a study of seconds needs no journal.
+- Ten times faster workers are three quarters busy, in 2.2 s: what one process does for all, 10,000
+  lines of the journal and the refit, is a tenth of it. A hundred times faster ones are a tenth
+  busy: 1.8 s of journal and 1.4 s of scheduling, which run beside each other, bound the study at
+  2 s, whatever the size of groups. More workers would not help then. Larger groups spare tasks,
+  which is why a GPU is sent one; the journal is written a line at a time, each safely on disk,
+  which one write for each group would end: not done, as a study of seconds needs no journal.
 - With more epochs only the seconds of groups and of the refit grow: ten times the work on workers a
   hundred times faster is plan_10.
 
     python benchmarks/bench_scale.py [--only ROW,...] [--check] [--data-home DIR] [--repeats N]
         [--output DIR]
 
-takes 5 minutes on two cores.
+takes 11 minutes on two cores.
 """
 
 from __future__ import annotations
