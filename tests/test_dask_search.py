@@ -67,7 +67,7 @@ def client_of(cluster, **settings):
 
 
 def local_cluster(n_workers, **settings):
-    settings = {"threads_per_worker": 1, "memory_limit": "1GiB", **settings}
+    settings = {"threads_per_worker": 1, "memory_limit": "4GiB", **settings}
     return client_of(
         distributed.LocalCluster,
         n_workers=n_workers,
@@ -80,7 +80,7 @@ def local_cluster(n_workers, **settings):
 @pytest.fixture(scope="module")
 def client_of_two():
     """Of two processes, each with a device of its own."""
-    options = {"nthreads": 1, "memory_limit": "1GiB", "silence_logs": logging.CRITICAL}
+    options = {"nthreads": 1, "memory_limit": "4GiB", "silence_logs": logging.CRITICAL}
     workers = {
         device: {
             "cls": distributed.Nanny,
