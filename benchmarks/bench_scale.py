@@ -185,7 +185,7 @@ def best(search: BaseEstimator, images: Images) -> float:
 @contextmanager
 def workers(n: int) -> Iterator[Client]:
     """Processes of one thread each, and the scheduler in this one."""
-    local = LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None)
+    local = LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0")
     with local as cluster, Client(cluster) as client:
         client.wait_for_workers(n)
         yield client
