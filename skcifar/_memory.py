@@ -66,8 +66,8 @@ def memory_kept(device: torch.device) -> Iterator[None]:
     worker of Dask, which trims from 64 KB on, the default CNN 1.7 to 2.4 times.
 
     Afterwards malloc gives memory back once 256 MB lie free at the heap's end, and takes blocks of
-    more than 32 MB from the system, unless the environment has settings of malloc's own: it goes
-    back to these. With another C library than glibc, with glibc's tunables of malloc, or with
+    more than 32 MB that no free part of the heap holds from the system, unless the environment has
+    settings of malloc's own: it goes back to these. With another C library than glibc, with glibc's tunables of malloc, or with
     SKCIFAR_KEEP_MEMORY=0 in the environment, this does nothing; in other threads than the main one
     glibc keeps blocks of up to 64 MB only.
     """
