@@ -211,3 +211,35 @@ def test__state_in_another_memory_format__is_laid_out_as_the_parameters_are():
     buffer = again.state[convolution.weight]["momentum_buffer"]
     assert buffer.stride() == convolution.weight.stride()
     torch.testing.assert_close(buffer, optimizer.state[convolution.weight]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test__sgd__moves_as_torch_s_does_whatever_is_trained_when(momentum, nesterov):
+    ours, theirs = two_part_network().double(), two_part_network().double()
+    theirs.load_state_dict(ours.state_dict())
+    wanted = recipe(
+        momentum=momentum, nesterovs_momentum=nesterov, weight_decay=0.1, learning_rate_init=0.01
+    )
+    optimizer = make_optimizer(ours, wanted)
+    weights = [theirs["head"].weight, theirs["encoder"].weight]
+    biases = [theirs["head"].bias, theirs["encoder"].bias]
+    reference = torch.optim.SGD(
+        [{"params": weights, "weight_decay": 0.1}, {"params": biases}],
+        lr=0.01,
+        momentum=momentum,
+        nesterov=nesterov and momentum > 0,
+        foreach=False,
+        fused=False,
+    )
+    for step in range(6):
+        rows = torch.rand(5, 3, dtype=torch.float64, generator=TORCH)
+        for network, steps in ((ours, optimizer), (theirs, reference)):
+            network["encoder"].requires_grad_(step not in (0, 3))  # its momentum begins later
+            steps.zero_grad()
+            network["head"](network["encoder"](rows)).square().sum().backward()
+            steps.step()
+    for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-12)
+    found = {k for state in optimizer.state_dict()["state"].values() for k in state}
+    assert found == ({"momentum_buffer"} if momentum else set())
