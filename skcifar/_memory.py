@@ -67,9 +67,9 @@ def memory_kept(device: torch.device) -> Iterator[None]:
 
     Afterwards malloc gives memory back once 256 MB lie free at the heap's end, and takes blocks of
     more than 32 MB that no free part of the heap holds from the system, unless the environment has
-    settings of malloc's own: it goes back to these. With another C library than glibc, with glibc's tunables of malloc, or with
-    SKCIFAR_KEEP_MEMORY=0 in the environment, this does nothing; in other threads than the main one
-    glibc keeps blocks of up to 64 MB only.
+    settings of malloc's own: it goes back to these. With another C library than glibc, with glibc's
+    tunables of malloc, or with SKCIFAR_KEEP_MEMORY=0 in the environment, this does nothing; in
+    other threads than the main one glibc keeps blocks of up to 64 MB only.
     """
     libc = _glibc() if device.type == "cpu" else None
     if libc is None:

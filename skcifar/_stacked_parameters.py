@@ -244,20 +244,17 @@ class Optimizer:
             self._clip_norms(gradients)
         if self.adds_penalty and self.solver != "adamw":
             self._add_weights(gradients, self.decays)
-        update = self._sgd if self.solver == "sgd" else self._adam
-        for i, (rate, gradient) in enumerate(zip(self.rate_table[k], gradients, strict=True)):
-            update(i, self.blocks[i], gradient, rate)
+        rates = self.rate_table[k]
+        if self.solver == "sgd":
+            self._sgd(gradients, rates)
+        else:
+            for i, (rate, gradient) in enumerate(zip(rates, gradients, strict=True)):
+                self._adam(i, self.blocks[i], gradient, rate)
         for block in self.blocks:
             block.parameters[0].let_go()
 
     def _add_weights(self, gradients: list[Tensor], factors: list[Tensor | float]) -> None:
-        tensors = [factor for factor in factors if isinstance(factor, Tensor)]
-        if len(tensors) == len(factors):
-            values = [block.value for block in self.blocks]
-            torch._foreach_addcmul_(gradients, values, tensors)  # one call is 4 us less than two
-            return
-        for block, gradient, factor in zip(self.blocks, gradients, factors, strict=True):
-            _add_scaled(gradient, block.value, factor)
+        _add_scaled(gradients, [block.value for block in self.blocks], factors)
 
     def _clip_norms(self, gradients: list[Tensor]) -> None:
         squares = self.like.new_zeros(len(self.recipes))
@@ -268,19 +265,21 @@ class Optimizer:
         for block, gradient in zip(self.blocks, gradients, strict=True):
             gradient.mul_(block.spread(factors))
 
-    def _sgd(self, i: int, block: Block, gradient: Tensor, rate: Tensor | float) -> None:
-        if block.moments:
-            momentum = self.constants["momentum"][i]
-            buffer = block.moments[0]
-            if isinstance(momentum, float):
-                torch.add(gradient, buffer, alpha=momentum, out=buffer)
-            else:
-                buffer.mul_(momentum).add_(gradient)
+    def _sgd(self, gradients: list[Tensor], rates: list[Tensor | float]) -> None:
+        moves = gradients
+        if self.blocks[0].moments:
+            buffers = [block.moments[0] for block in self.blocks]
+            momenta = self.constants["momentum"]
+            for buffer, gradient, momentum in zip(buffers, gradients, momenta, strict=True):
+                if isinstance(momentum, float):
+                    torch.add(gradient, buffer, alpha=momentum, out=buffer)
+                else:
+                    buffer.mul_(momentum).add_(gradient)
             if self.nesterov:
-                _add_scaled(gradient, buffer, momentum)
+                _add_scaled(gradients, buffers, momenta)
             else:
-                gradient = buffer
-        _subtract_scaled(block.value, gradient, rate)
+                moves = buffers
+        _add_scaled([block.value for block in self.blocks], moves, rates, sign=-1)
 
     def _adam(self, i: int, block: Block, gradient: Tensor, rate: Tensor | float) -> None:
         beta_1, beta_2, epsilon = (
@@ -293,7 +292,7 @@ class Optimizer:
         square.mul_(beta_2).add_(gradient.square_().mul_(1 - beta_2))
         root = (square / (1 - beta_2**self.n_steps)).sqrt_().add_(epsilon)
         rate = rate / (1 - beta_1**self.n_steps)
-        _subtract_scaled(block.value, root.reciprocal_().mul_(mean), rate)
+        _add_scaled([block.value], [root.reciprocal_().mul_(mean)], [rate], sign=-1)
 
 
 def _vector(like: Tensor, values: list[float]) -> Tensor | float:
@@ -330,15 +329,16 @@ class _Table:
         return self.known[row] if self.known else self._made(row)
 
 
-def _add_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
-    if isinstance(factor, Tensor):
-        target.addcmul_(source, factor)
-    elif factor:
-        target.add_(source, alpha=factor)
-
-
-def _subtract_scaled(target: Tensor, source: Tensor, factor: Tensor | float) -> None:
-    if isinstance(factor, Tensor):
-        target.addcmul_(source, factor, value=-1)
-    elif factor:
-        target.sub_(source, alpha=factor)
+def _add_scaled(
+    targets: list[Tensor], sources: list[Tensor], factors: list[Tensor | float], sign: int = 1
+) -> None:
+    """Add sources times factors to targets, in one call where it can be: another takes 4 us."""
+    tensors = [factor for factor in factors if isinstance(factor, Tensor)]
+    if len(tensors) == len(factors):
+        torch._foreach_addcmul_(targets, sources, tensors, value=sign)
+        return
+    for target, source, factor in zip(targets, sources, factors, strict=True):
+        if isinstance(factor, Tensor):
+            target.addcmul_(source, factor, value=sign)
+        elif factor:
+            target.add_(source, alpha=sign * factor)
