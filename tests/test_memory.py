@@ -122,17 +122,18 @@ before = resident()
 with memory_kept(torch.device("cpu")):
     with memory_kept(torch.device("cpu")):
         print(left_by_a_step())
+        left_by_a_step()  # aligned otherwise, it may not fit where the first one lay
     print(left_by_a_step())
     print(resident() - before)
 print(resident() - before)
-print(left_by_a_step(2 * 80_000_000))  # no free part of the heap holds
+print(left_by_a_step(4 * 80_000_000))  # no free part of the heap holds
 """
     output = output_of(program)
-    untouched, on_meta, first, second, within, after, again = map(int, output.split())
+    untouched, on_meta, first, third, within, after, again = map(int, output.split())
     assert max(untouched, on_meta, after, again) < 100e6
     assert first > 300e6
     assert within > 300e6
-    assert second < 100e6  # the same memory, once more
+    assert third < 100e6  # the same memory, once more
 
 
 def test__fork_while_memory_is_kept__begins_anew():
