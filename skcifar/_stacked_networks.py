@@ -31,7 +31,8 @@ from skcifar._jobs import TrainingJob, TrainingResult
 from skcifar._matmul import matrix_product
 from skcifar._optimization import LearningRates
 from skcifar._stacked_loss import Loss, Targets
-from skcifar._stacked_parameters import Optimizer, Parameters
+from skcifar._stacked_parameters import Factors, Optimizer, Parameters
+from skcifar._tape import Tapes, records_operations
 from skcifar._training import PIECE_ROWS, detached
 
 
@@ -196,6 +197,9 @@ class Stack:
             parameters.lend()
         narrows = self.models[0].job.precision.name == "bfloat16"
         self.narrowed = [p for p in self.parameters if narrows and p.is_weight and p.is_large]
+        # Adam counts its steps, and dropout draws: two steps of theirs are not the same
+        repeats = self.recipe.solver == "sgd" and all(t.dropout is None for t in self.towers)
+        self.tapes = Tapes() if repeats and records_operations(self.reader.device) else None
 
     def _narrow(self) -> None:
         """Have the products of large weights be bfloat16's, with the weights of now.
@@ -250,14 +254,11 @@ class Stack:
             for k, size in enumerate(sizes):
                 if is_cancelled():
                     return []
-                self._differentiate(next(pieces))
-                for _ in range(PIECE_ROWS, size, PIECE_ROWS):
-                    sums = [p.gradient.clone() for p in self.parameters]
-                    self._differentiate(next(pieces))
-                    for parameters, addition in zip(self.parameters, sums, strict=True):
-                        parameters.gradient.add_(addition)
-                self.optimizer.step(k)
-                self._narrow()
+                factors = self.optimizer.factors(k)
+                if self.tapes is not None and size <= PIECE_ROWS:
+                    self._step_on_tape(self.tapes, next(pieces), factors)
+                else:
+                    self._step_in_pieces(pieces, size, factors)
             in_order = [torch.cat(of_tower, 2) for of_tower in logits]
             losses, accuracies = self.loss.figures(in_order, targets)
             if self.optimizer.penalises:
@@ -280,14 +281,15 @@ class Stack:
         `parts` are the numbers of rows and their shares in the loss of the batch.
         """
         lengths = [length for length, _ in parts]
-        order = None if index is None else index.split(lengths)
-        rows = self.train.rows[: sum(lengths)].split(lengths) if order is None else None
+        which = self.train.rows[: sum(lengths)] if index is None else index
+        rows = which.split(lengths)
         wanted = [w.split(lengths, 2) for w in self.loss.of_towers(targets.wanted)]
         weights = targets.shares(sizes)
         shares = [w[:, None].split(lengths, 2) for w in self.loss.of_towers(weights)]
         for i, (_, share) in enumerate(parts):
             yield Piece(
-                rows[i] if rows is not None else self.train.rows.index_select(0, order[i]),  # type: ignore[index]
+                rows[i],
+                index is not None,
                 [w[i] for w in wanted],
                 [w[i] for w in shares] if shares else [share] * len(wanted),
                 [space[i] for space in logits],
@@ -323,9 +325,40 @@ class Stack:
             rows.append(row | {name: figures[name][i] for name in valid if name in figures})
         return rows
 
+    def _step_on_tape(self, tapes: Tapes, piece: Piece, factors: Factors) -> None:
+        """A step of a batch in one piece, without Python once there have been some like it.
+
+        A study of 27 perceptrons of 32 units takes .92 s for four epochs of MNIST-10k in batches
+        of 32, on two threads, where Python's steps take 1.16.
+        """
+
+        def step() -> None:
+            self._differentiate(piece)
+            self._update(factors)
+
+        given = [len(piece.rows), piece.rows, *piece.wanted, *piece.shares, *piece.logits]
+        tapes.run(step, [*given, *factors.norms, *factors.penalties, *factors.rates])
+
+    def _step_in_pieces(self, pieces: Iterator[Piece], size: int, factors: Factors) -> None:
+        """A step of a batch of so many rows, in as many pieces as it has."""
+        self._differentiate(next(pieces))
+        for _ in range(PIECE_ROWS, size, PIECE_ROWS):
+            sums = [p.gradient.clone() for p in self.parameters]
+            self._differentiate(next(pieces))
+            for parameters, addition in zip(self.parameters, sums, strict=True):
+                parameters.gradient.add_(addition)
+        self._update(factors)
+
+    def _update(self, factors: Factors) -> None:
+        self.optimizer.step(factors)
+        self._narrow()
+
     def _differentiate(self, piece: Piece) -> None:
         """Give all parameters their gradients, of the mean losses."""
-        x, z = self._first_layer(piece.rows)  # (n_rows, n_features), (n_units of all, n_rows)
+        rows = piece.rows
+        if piece.are_positions:
+            rows = self.train.rows.index_select(0, rows)
+        x, z = self._first_layer(rows)  # (n_rows, n_features), (n_units of all, n_rows)
         of_first = []
         for tower, wanted, shares, space in zip(
             self.towers, piece.wanted, piece.shares, piece.logits, strict=True
@@ -362,7 +395,8 @@ class Stack:
 class Piece:
     """What a forward pass and the way back take; lists have an entry for each tower."""
 
-    rows: Tensor
+    rows: Tensor  # or their positions among all of them
+    are_positions: bool
     wanted: list[Tensor]  # (n_models or 1, n_outputs, n_rows)
     shares: Sequence[Tensor | float]  # of the rows in the loss, (n_models or 1, 1, n_rows)
     logits: list[Tensor]  # where they go

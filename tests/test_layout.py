@@ -27,7 +27,7 @@ ROWS = [
     ["_matmul"],
     ["_networks"],
     ["_architectures"],
-    ["_lbfgs", "_muon", "_recorded"],
+    ["_lbfgs", "_muon", "_recorded", "_tape"],
     ["_optimization", "_metric_learning"],
     ["_batches"],
     ["_jobs"],

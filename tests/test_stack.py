@@ -18,6 +18,7 @@ from skcifar import (
     _stacked_loss,
     _stacked_networks,
     _stacked_parameters,
+    _tape,
 )
 from skcifar._jobs import MEETING
 from skcifar._stack import groups_of, train_group, why_alone
@@ -221,6 +222,49 @@ def test__large_parameters__equals_networks_trained_alone(name, digits, monkeypa
     monkeypatch.setattr(_stacked_networks, "PIECE_ROWS", 64)
     base, grid = GRIDS[name]
     assert difference(base, RATES | grid, *digits) < 1e-9
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What was recorded of steps, and None for what could not be; the second of a kind is."""
+    functions = []
+    original = _tape._Recorder.function_of
+
+    def function_of(*args):
+        functions.append(original(*args))
+        return functions[-1]
+
+    monkeypatch.setattr(_tape, "_RECORDED_TIME", 2)
+    monkeypatch.setattr(_tape._Recorder, "function_of", function_of)
+    return functions
+
+
+@pytest.mark.parametrize(
+    ("small", "dtype"),
+    [(100, np.float32), (2**30, np.uint8)],
+    ids=["large weights", "small weights, pixels"],
+)
+@pytest.mark.parametrize("name", [name for name in GRIDS if "dropout" not in name])
+def test__recorded_steps__train_to_the_bit_as_those_of_python(
+    name, small, dtype, digits, recorded, monkeypatch
+):
+    monkeypatch.setattr(_stacked_parameters, "_SMALL", small)
+    X, y = digits
+    X = (16 * X).astype(dtype) if dtype == np.uint8 else X.astype(dtype)
+    base, grid = GRIDS[name]
+    grid = {"learning_rate_init": [0.05, 0.01], "alpha": [0.0, 1e-2], "max_iter": [4]} | grid
+    grid |= {"solver": ["sgd"], "normalize": [dtype == np.uint8]}
+
+    def trained(tapes):
+        monkeypatch.setenv("SKCIFAR_TAPES", tapes)
+        jobs = jobs_of(base, grid, X, y)
+        return list(zip(jobs, outcomes_together(jobs), strict=True))
+
+    expected = [(job, outcome.error or outcome.result) for job, outcome in trained("0")]
+    assert not recorded
+    assert largest_difference(expected, trained("1")) == 0
+    assert recorded
+    assert None not in recorded
 
 
 def test__one_setting_off__difference_is_seen(digits):
