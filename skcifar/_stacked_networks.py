@@ -35,6 +35,9 @@ from skcifar._stacked_parameters import Factors, Optimizer, Parameters
 from skcifar._tape import Tapes, records_operations
 from skcifar._training import PIECE_ROWS, detached
 
+# Bytes of rows of which a stack holds a copy in bfloat16, half as large.
+_MOST_NARROWED = 2**26
+
 
 class Model:
     """One network of a stack: what it carries from one epoch to the next.
@@ -197,9 +200,21 @@ class Stack:
             parameters.lend()
         narrows = self.models[0].job.precision.name == "bfloat16"
         self.narrowed = [p for p in self.parameters if narrows and p.is_weight and p.is_large]
+        self.rows = self._narrowed_rows() if self.first[0] in self.narrowed else self.train.rows
         # Adam counts its steps, and dropout draws: two steps of theirs are not the same
         repeats = self.recipe.solver == "sgd" and all(t.dropout is None for t in self.towers)
         self.tapes = Tapes() if repeats and records_operations(self.reader.device) else None
+
+    def _narrowed_rows(self) -> Any:
+        """The rows to train on in bfloat16, if that is all that is done to them and they are few.
+
+        Of a batch, half as many bytes are picked then and none converted: a study of 27
+        perceptrons of 32 units takes .95 s for 1.0, in batches of 200.
+        """
+        rows: Any = self.train.rows
+        if self.reads_in or rows.dtype != torch.float32 or rows.nbytes > _MOST_NARROWED:
+            return rows
+        return rows.to(torch.bfloat16)
 
     def _narrow(self) -> None:
         """Have the products of large weights be bfloat16's, with the weights of now.
@@ -281,7 +296,7 @@ class Stack:
         `parts` are the numbers of rows and their shares in the loss of the batch.
         """
         lengths = [length for length, _ in parts]
-        which = self.train.rows[: sum(lengths)] if index is None else index
+        which = self.rows[: sum(lengths)] if index is None else index
         rows = which.split(lengths)
         wanted = [w.split(lengths, 2) for w in self.loss.of_towers(targets.wanted)]
         weights = targets.shares(sizes)
@@ -357,7 +372,7 @@ class Stack:
         """Give all parameters their gradients, of the mean losses."""
         rows = piece.rows
         if piece.are_positions:
-            rows = self.train.rows.index_select(0, rows)
+            rows = self.rows.index_select(0, rows)
         x, z = self._first_layer(rows)  # (n_rows, n_features), (n_units of all, n_rows)
         of_first = []
         for tower, wanted, shares, space in zip(
