@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # are made. It takes 1 ms.
 _RECORDED_TIME = 3
 
-# Recordings of one kind of step: rates that change in every epoch would make one for each.
+# Recordings that are kept: rates that change in every epoch would make one for each.
 _MOST_RECORDED = 8
 
 
@@ -93,17 +93,19 @@ class _Recorder(TorchDispatchMode):
                 transcript.add(*operation)
             transcript.graph.registerOutput(transcript.graph.insertConstant(None))
             function = torch._C._create_function_from_graph("step", transcript.graph)
+            is_optimising = torch._C._get_graph_executor_optimize  # in this thread
+            optimise = torch._C._set_graph_executor_optimize
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             return None
         others = transcript.inputs[len(tensors) :]
 
         def play(*given: Tensor) -> None:
-            optimises = torch._C._get_graph_executor_optimize()  # in this thread
-            torch._C._set_graph_executor_optimize(False)  # no products that round differently
+            before = is_optimising()
+            optimise(False)  # or products may be made of others, that round differently
             try:
                 function(*given, *others)
             finally:
-                torch._C._set_graph_executor_optimize(optimises)
+                optimise(before)
 
         return play
 

@@ -107,8 +107,11 @@ def test__what_cannot_be_recorded__is_done_by_python_each_time(operation, n_reco
     assert n_recorded == {"recorded": 0, "refused": 1}
 
 
-def test__without_torch_s_graphs__steps_are_done_by_python(monkeypatch, n_recorded):
-    monkeypatch.delattr(torch._C, "_create_function_from_graph")
+@pytest.mark.parametrize(
+    "name", ["Graph", "_create_function_from_graph", "_set_graph_executor_optimize"]
+)
+def test__without_torch_s_graphs__steps_are_done_by_python(name, monkeypatch, n_recorded):
+    monkeypatch.delattr(torch._C, name)
     assert torch.equal(Descent().run(Tapes(), [5] * OFTEN), Descent().run(None, [5] * OFTEN))
     assert n_recorded == {"recorded": 0, "refused": 1}
 
