@@ -36,7 +36,7 @@ one against the rest).
     python benchmarks/bench_peers.py [--only ROW,...] [--check] [--data-home DIR] [--repeats N]
         [--n-train N] [--output DIR]
 
-takes 4 minutes on two cores.
+takes 7 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ Contestant = Callable[[], Callable[[], np.ndarray]]
 def main() -> int:
     rows = [f"{task}_{peer}" for task in TASKS for peer in PEERS]
     rows.remove("cnn_scikit-learn")
-    options = parse_options(__doc__, rows, repeats=3)
+    options = parse_options(__doc__, rows, repeats=5)
     header = machine()
     train = load_images(options.data_home, "train", options.n_train)
     test = load_images(options.data_home, "test")

@@ -37,8 +37,8 @@ gpu_27, gpu_135, gpu_cnn_27
     python benchmarks/bench_sweep.py [--only ROW,...] [--check] [--data-home DIR] [--repeats N]
         [--output DIR]
 
-takes 10 minutes on two cores. On a GPU everything of ours runs there by itself; scikit-learn's does
-not.
+takes a quarter of an hour on two cores. On a GPU everything of ours runs there by itself;
+scikit-learn's does not.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> int:
     rows = [row for name in STUDIES for row in (name, f"{name}_own", f"{name}_skorch")]
     rows += [row for name in BFLOAT16 for row in (name, f"{name}_score")]
     rows += ["softmax_own", "softmax_sgdclassifier", *EQUALITIES, "scaling", *ON_GPU]
-    options = parse_options(__doc__, rows, repeats=3)
+    options = parse_options(__doc__, rows, repeats=5)
     header = machine()
     warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs are what is asked for
     digits = load_images(options.data_home, "train", N_IMAGES, "MNIST")
