@@ -304,9 +304,12 @@ class TorchEstimator(BaseEstimator):
         done = 0
         with torch.inference_mode(), precision.autocast(device):
             while done < len(rows):
-                batch = rows[done : done + size]
+                stop = min(done + size, len(rows))
+                n_rows = _enough(stop - done, few, least, size)
+                start = max(stop - n_rows, 0)  # rows before them fill up without a copy
+                batch = _filled_up(rows[start:stop], n_rows)
                 try:
-                    part = self._forward(reader(_filled_up(batch, few, least, size)))[: len(batch)]
+                    part = self._forward(reader(batch))[done - start : stop - start]
                 except (RuntimeError, MemoryError) as error:
                     if size == 1 or not is_out_of_memory(error):
                         raise
@@ -315,10 +318,10 @@ class TorchEstimator(BaseEstimator):
                     continue
                 if outputs is None:
                     outputs = torch.empty(len(rows), *part.shape[1:], dtype=dtype)
-                outputs[done : done + len(batch)] = part
-                done += len(batch)
+                outputs[done:stop] = part
                 if report is not None:
-                    report(len(batch))
+                    report(stop - done)
+                done = stop
         assert outputs is not None
         return outputs.numpy()
 
@@ -413,13 +416,15 @@ def square_image(n_features: int) -> tuple[int, int, int] | None:
     return None
 
 
-def _filled_up(batch: Tensor, few: int, least: int, most: int) -> Tensor:
-    """The batch, and its first row so many times more that kernels treat its rows alike."""
-    n_rows = len(batch)
-    size = few if n_rows <= few else min(max(least, n_rows + -n_rows % few), most)
-    if size == n_rows:
-        return batch
-    return torch.cat([batch, batch[:1].expand(size - n_rows, -1)])
+def _enough(n_rows: int, few: int, least: int, most: int) -> int:
+    """So many rows, or so many more that kernels treat them alike."""
+    return few if n_rows <= few else min(max(least, n_rows + -n_rows % few), most)
+
+
+def _filled_up(batch: Tensor, n_rows: int) -> Tensor:
+    """The batch, and its first row as often as it lacks rows."""
+    n_lacking = n_rows - len(batch)
+    return torch.cat([batch, batch[:1].expand(n_lacking, -1)]) if n_lacking else batch
 
 
 def _to_arrays(state: Any) -> Any:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from skcifar._batches import Samples
 from skcifar._jobs import TrainingJob
 
+_SAMPLED = 16  # rows that are compared before all are
+
 
 @dataclass
 class Targets:
@@ -166,5 +168,11 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors are equal or both missing; at once, where they are one."""
     if a is None or b is None:
         return a is b
-    same_memory = a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
-    return (same_memory and a.shape == b.shape) or torch.equal(a, b)
+    if a.shape != b.shape:
+        return False
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    # Folds may differ in one half only. A few of their rows tell so at once, where 82 MB of them
+    # take 6 ms to compare, 18 times in a study of 9 candidates.
+    step = len(a) // _SAMPLED + 1
+    return torch.equal(a[::step], b[::step]) and torch.equal(a, b)
