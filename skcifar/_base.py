@@ -307,9 +307,10 @@ class TorchEstimator(BaseEstimator):
                 stop = min(done + size, len(rows))
                 n_rows = _enough(stop - done, few, least, size)
                 start = max(stop - n_rows, 0)  # rows before them fill up without a copy
-                batch = _filled_up(rows[start:stop], n_rows)
+                batch = rows[start:stop]
                 try:
-                    part = self._forward(reader(batch))[done - start : stop - start]
+                    filled_up = _filled_up(batch, n_rows)
+                    part = self._forward(reader(filled_up))[done - start : stop - start]
                 except (RuntimeError, MemoryError) as error:
                     if size == 1 or not is_out_of_memory(error):
                         raise

@@ -676,6 +676,16 @@ def test__few_rows__have_the_outputs_of_many(name, n, digits):
     )
 
 
+@every_classifier
+@pytest.mark.parametrize("n", [33, 39, 50, 63, 64])
+def test__last_rows_of_several_passes__have_their_own_outputs(name, n, digits, monkeypatch):
+    X, y = digits
+    model = quick(name, precision="float64").fit(X, y)
+    expected = model.decision_function(X[:n])
+    monkeypatch.setattr("skcifar._base._PREDICTION_ROWS", 32)
+    np.testing.assert_allclose(model.decision_function(X[:n]), expected, rtol=0, atol=1e-12)
+
+
 def test__images__are_predicted_in_passes_that_stay_in_the_cache(digits, monkeypatch):
     X, y = digits
     model = quick("cnn").fit(X, y)
