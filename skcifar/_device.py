@@ -17,9 +17,11 @@ from torch import Tensor
 # torch's modules draw their initial weights from the global generator, so one thread at a time.
 _construction_lock = threading.Lock()
 
-# Rows read at once where the whole of X is passed through (statistics): a block of CIFAR-10 stays
-# in the processor's cache, and sums of so many squares of bytes are exact in float32.
+# Rows and numbers read at once, at most, where the whole of X is passed through (statistics): a
+# block stays in the processor's cache. Sums of so many squares of bytes are exact in float32.
 _BLOCK_ROWS = 256
+_BLOCK_NUMBERS = 2**20
+_MOST_EXACT_SQUARES = 256
 
 # -- devices and precision -------------------------------------------------------------------------
 
@@ -238,30 +240,12 @@ def pixel_statistics(
     """
     height, width, channels = image_shape
     n_channels = channels if height * width > 1 else 1
-    n_features = rows.shape[1]
-    total = torch.zeros(n_features, dtype=torch.float64, device=rows.device)
-    squares = torch.zeros_like(total)
-    weight_sum = 0.0
-    n_used = len(rows) if index is None else len(index)
     # Bytes sum exactly in float32, in half the time. Other values are taken relative to the first
     # row's mean, so that their squares do not cancel.
     exact = rows.dtype == torch.uint8 and weight is None
-    dtype = torch.float32 if exact else torch.float64
     origin = 0.0 if exact else float(rows[:1].to(torch.float64).mean())
-    for start in range(0, n_used, _BLOCK_ROWS):
-        picked: slice | Tensor = slice(start, min(start + _BLOCK_ROWS, n_used))
-        if index is not None:
-            picked = index[picked]
-        block = rows[picked].to(dtype, copy=True)
-        if origin:
-            block.sub_(origin)
-        if weight is None:
-            block_weight = torch.ones(len(block), dtype=dtype, device=rows.device)
-        else:
-            block_weight = weight[picked].to(dtype)
-        total += block_weight @ block
-        squares += block_weight @ block.square_()
-        weight_sum += float(block_weight.sum())
+    dtype = torch.float32 if exact else torch.float64
+    total, squares, weight_sum = _sums(rows, index, weight, origin, dtype)
     per_channel = (-1, n_channels) if layout == "HWC" else (n_channels, -1)
     over = 0 if layout == "HWC" else 1
     mean = (total / weight_sum).reshape(per_channel).mean(over)
@@ -269,6 +253,41 @@ def pixel_statistics(
     scale = variance.clamp_min_(0).sqrt_()
     scale[scale < 1e-7 * (1 + mean.abs())] = 1.0
     return (mean + origin).cpu().numpy(), scale.cpu().numpy()
+
+
+def _sums(
+    rows: Any, index: Tensor | None, weight: Tensor | None, origin: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """Weighted sums of each feature less `origin`, and of its square; the sum of the weights.
+
+    Blocks are added up element by element, so that each core stays with the rows that it has in
+    its cache: 50,000 images of CIFAR-10 take 25 ms. As products with a vector of ones they take
+    34, and 140 while the two cores of a virtual machine are far from each other's caches.
+    """
+    n_used = len(rows) if index is None else len(index)
+    n_features = rows.shape[1]
+    n_rows = min(n_used, _BLOCK_ROWS, max(1, _BLOCK_NUMBERS // n_features))
+    n_exact = n_rows * _MOST_EXACT_SQUARES
+    totals = torch.zeros(2, n_features, dtype=torch.float64, device=rows.device)
+    for first in range(0, n_used, n_exact):
+        sums = torch.zeros(2, n_rows, n_features, dtype=dtype, device=rows.device)
+        for start in range(first, min(first + n_exact, n_used), n_rows):
+            picked: slice | Tensor = slice(start, min(start + n_rows, n_used))
+            if index is None:
+                block = rows[picked].to(dtype, copy=True)
+            else:
+                picked = index[picked]
+                block = rows.index_select(0, picked).to(dtype, copy=True)
+            if origin:
+                block.sub_(origin)
+            weighted = block if weight is None else block * weight[picked, None].to(dtype)
+            sums[0, : len(block)].add_(weighted)
+            sums[1, : len(block)].addcmul_(weighted, block)
+        totals += sums.sum(1, dtype=torch.float64)
+    if weight is None:
+        return totals[0], totals[1], float(n_used)
+    used = weight if index is None else weight[index]
+    return totals[0], totals[1], float(used.sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,18 @@ def test__statistics__are_numpys_weighted_ones(layout, dtype):
     np.testing.assert_allclose(scale, np.sqrt(variance))
 
 
+def test__statistics_of_bytes__are_exact_however_many_rows(monkeypatch):
+    monkeypatch.setattr("skcifar._device._BLOCK_NUMBERS", 2 * 90)  # 650 blocks of two rows
+    images = RNG.integers(200, 256, (1300, *SHAPE), dtype=np.uint8)
+    images[..., 0] = 255  # squares of a pixel add up to 3e7 in 650 rows: float32 counts to 1.7e7
+    mean, scale = pixel_statistics(as_tensor(images.reshape(1300, -1)), SHAPE, "HWC", None, None)
+    pixels = images.reshape(-1, 3).astype(np.int64)
+    variance = (pixels**2).mean(0) - pixels.mean(0) ** 2
+    assert (mean[0], scale[0]) == (255, 1)  # constant: it has scale 1
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(scale[1:], np.sqrt(variance[1:]), rtol=1e-12)
+
+
 def test__constant_channel__has_scale_one():
     rows = torch.full((10, 90), 7, dtype=torch.uint8)
     mean, scale = pixel_statistics(rows, SHAPE, "HWC", None, None)
