@@ -262,7 +262,7 @@ def _sums(
 
     Blocks are added up element by element, so that each core stays with the rows that it has in
     its cache: 50,000 images of CIFAR-10 take 25 ms. As products with a vector of ones they take
-    34, and 140 while the two cores of a virtual machine are far from each other's caches.
+    34, and 140 at times when what one core of a virtual machine has cached is slow for the other.
     """
     n_used = len(rows) if index is None else len(index)
     n_features = rows.shape[1]
