@@ -55,15 +55,16 @@ def test__reader__never_writes_its_rows():
 
 @pytest.mark.parametrize("layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
-def test__statistics__are_numpys_weighted_ones(layout, dtype):
+@pytest.mark.parametrize("is_weighted", [True, False])
+def test__statistics__are_numpys(layout, dtype, is_weighted):
     images = RNG.integers(0, 256, (1300, *SHAPE)).astype(dtype)
     weight = RNG.uniform(0, 2, 1300)
     index = np.flatnonzero(weight > 0.5)
     rows = images if layout == "HWC" else images.transpose(0, 3, 1, 2)
     rows = as_tensor(np.ascontiguousarray(rows).reshape(1300, -1))
-    mean, scale = pixel_statistics(
-        rows, SHAPE, layout, torch.from_numpy(index), torch.from_numpy(weight)
-    )
+    weight = weight if is_weighted else np.ones(1300)
+    given = torch.from_numpy(weight) if is_weighted else None
+    mean, scale = pixel_statistics(rows, SHAPE, layout, torch.from_numpy(index), given)
     pixels = images[index].astype(float).reshape(len(index), -1, 3)
     shares = (weight[index] / weight[index].sum())[:, None, None] / pixels.shape[1]
     expected = (shares * pixels).sum((0, 1))
